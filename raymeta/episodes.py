@@ -1,0 +1,85 @@
+"""Episodes: a batch of supervised tasks, the only thing that flows from a task source to a learner.
+
+Legend of shapes: T tasks, N ways, K shots, S support rows, Q query rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """T supervised tasks. Shapes are checked here, once.
+
+    Attributes:
+        support_x: [T, S, ...] inputs to adapt on.
+        support_y: [T, S] class numbers (int64), or [T, S, D] targets (floating).
+        query_x: [T, Q, ...] inputs to be judged on.
+        query_y: [T, Q] or [T, Q, D].
+        tasks: [T] int64, the number of each task.
+        support_mask: [T, S] bool, which rows count; None: all.
+        query_mask: [T, Q] bool, which rows count; None: all.
+        classes: [T, N] int64, the number of each way's class among all classes of its split; None where the task
+            source has none. Only joint training over all classes looks at it.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    tasks: Tensor
+    support_mask: Tensor | None = None
+    query_mask: Tensor | None = None
+    classes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.tasks)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and len(value) != count:
+                raise ValueError(f"{field.name} has {len(value)} tasks, but `tasks` names {count}")
+        for x, y, mask, part in (
+            (self.support_x, self.support_y, self.support_mask, "support"),
+            (self.query_x, self.query_y, self.query_mask, "query"),
+        ):
+            if x.shape[1] != y.shape[1]:
+                raise ValueError(f"{part}_x has {x.shape[1]} rows in each task, but {part}_y has {y.shape[1]}")
+            if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+                raise ValueError(
+                    f"{part}_mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool of shape "
+                    f"{tuple(x.shape[:2])}"
+                )
+        if self.support_x.shape[2:] != self.query_x.shape[2:]:
+            raise ValueError(
+                f"a support row has shape {tuple(self.support_x.shape[2:])}, a query row "
+                f"{tuple(self.query_x.shape[2:])}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
+        """The same tasks on `device`; with `dtype`, floating inputs and targets in that dtype."""
+
+        def move(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            return value.to(device=device, dtype=wanted, non_blocking=True)
+
+        return Episodes(**{field.name: move(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
+
+    def select(self, start: int, stop: int) -> Episodes:
+        """The tasks at positions start .. stop-1 (views)."""
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[start:stop]
+
+        return Episodes(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""What a task source is: tasks as pure functions of (seed, split, number)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from raymeta.episodes import Episodes
+
+SPLITS = ("train", "validation", "test")
+
+
+@runtime_checkable
+class TaskSource(Protocol):
+    """A source of supervised tasks. It holds settings and (mapped) data, no state: it pickles and travels.
+
+    Attributes:
+        loss: a name in `raymeta.metrics.LOSSES`.
+        metric: a name in `raymeta.metrics.METRICS`.
+        outputs: how many numbers a model must put out for each row (N ways, or D target dimensions).
+        input_shape: the shape of one row of x.
+        classes: how many classes the training split has (rotations counted where these make classes), for joint
+            training; None where
+            there are none.
+    """
+
+    loss: str
+    metric: str
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def classes(self) -> int | None: ...
+
+    def tasks(self, split: str, indices: Sequence[int]) -> Episodes:
+        """The tasks with these numbers, in this order. Numbers go from 0 on without an end.
+
+        Raises:
+            InputError: a split or a number that the source does not have.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """A text that two workers share exactly when they would draw the same tasks from the same data."""
+        ...
