@@ -20,8 +20,7 @@ class TaskSource(Protocol):
         outputs: how many numbers a model must put out for each row (N ways, or D target dimensions).
         input_shape: the shape of one row of x.
         classes: how many classes the training split has (rotations counted where these make classes), for joint
-            training; None where
-            there are none.
+            training; None where there are none.
     """
 
     loss: str
