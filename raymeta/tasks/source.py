@@ -23,8 +23,11 @@ class TaskSource(Protocol):
             training; None where there are none.
     """
 
-    loss: str
-    metric: str
+    @property
+    def loss(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
 
     @property
     def outputs(self) -> int: ...

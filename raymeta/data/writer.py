@@ -1,0 +1,194 @@
+"""Writing a store: the examples come in any order and amount, and leave sorted by class in one file.
+
+They are first written as they come to a spool file beside the target, so memory holds one part at a time; the store
+is then written from it to a temporary file and renamed: there is either a whole store under its name, or none.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from raymeta.data.store import DTYPES, FORMAT_VERSION, SPLITS, Store, StoreInfo, rows_sha256, schema_of
+from raymeta.errors import InputError, nearest
+from raymeta.seeding import generator
+
+BATCH_BYTES = 64 * 2**20
+
+# For each scheme, the names of the classes of each split.
+NamedSchemes = Mapping[str, Mapping[str, Sequence[str]]]
+
+
+def write_store(
+    path: str | Path,
+    parts: Iterable[tuple[np.ndarray, Sequence[str]]],
+    splits: Callable[[tuple[str, ...]], NamedSchemes],
+    *,
+    notes: Mapping[str, str] | None = None,
+    licence: str = "",
+    source: str = "",
+    batch_rows: int | None = None,
+) -> Store:
+    """Write the store `path` and open it.
+
+    Args:
+        path: the file to make; one that is there is replaced when the new one is whole.
+        parts: pairs (x [n, *shape], the class name of each of the n rows); all of one shape and dtype.
+        splits: given the class names in order, the schemes; the first is the default.
+        notes: what each scheme is, in words.
+        licence: licence and credit, kept in the file.
+        source: where the examples come from.
+        batch_rows: rows in a record batch; by default as many as fit 64 MiB.
+
+    The classes are numbered in the order of their sorted names; rows of a class keep the order they came in.
+
+    Raises:
+        InputError: no rows, another shape or dtype in a later part, NaN or infinity (naming the row), a class in
+            two splits, a split that names a class that is not there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        spool, labels, names = _spool(Path(folder) / "rows", parts)
+        order = np.argsort(labels, kind="stable")
+        labels = labels[order].astype(np.int32)
+        if batch_rows is None:
+            batch_rows = max(1, BATCH_BYTES // max(1, spool[0].nbytes))
+
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for start in range(0, len(order), batch_rows):
+                yield spool[order[start : start + batch_rows]], labels[start : start + batch_rows]
+
+        info = StoreInfo(
+            format_version=FORMAT_VERSION,
+            shape=spool.shape[1:],
+            dtype=spool.dtype.name,
+            class_names=names,
+            class_sizes=tuple(np.bincount(labels, minlength=len(names)).tolist()),
+            splits=_numbered(splits(names), names),
+            notes=dict(notes or {}),
+            licence=licence,
+            source=source,
+            rows_sha256=rows_sha256(batches()),
+        )
+        made, schema = Path(folder) / "store", schema_of(info)
+        with open(made, "wb") as sink:
+            with pa.ipc.new_file(sink, schema) as writer:
+                for x, numbers in batches():
+                    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(x))
+                    writer.write_batch(pa.record_batch([tensor, pa.array(numbers)], schema=schema))
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(made, path)
+    return Store.open(path)
+
+
+def random_splits(fractions: Sequence[float], seed: int) -> Callable[[tuple[str, ...]], NamedSchemes]:
+    """The scheme "random": the classes shuffled by `seed` and cut in the proportions of train, validation and test.
+
+    Each fraction above 0 gets at least one class. The function that is returned raises InputError where there are
+    fewer classes than that.
+    """
+    shares = np.asarray(fractions, dtype=np.float64)
+    if shares.shape != (3,) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
+        raise InputError(
+            f"split fractions {tuple(fractions)}; expected three numbers from 0 to 1 for train, validation and test "
+            "that add up to 1."
+        )
+
+    def schemes(names: tuple[str, ...]) -> NamedSchemes:
+        sizes = split_sizes(len(names), shares)
+        order = [names[number] for number in generator(seed, "random_splits").permutation(len(names))]
+        ends = np.cumsum(sizes)
+        return {
+            "random": {split: order[end - size : end] for split, size, end in zip(SPLITS, sizes, ends, strict=True)}
+        }
+
+    return schemes
+
+
+def split_sizes(count: int, shares: np.ndarray) -> list[int]:
+    """`count` things cut by `shares` (that add up to 1) into whole numbers; a share above 0 gets at least 1.
+
+    Raises:
+        InputError: fewer things than shares above 0.
+    """
+    used = int((shares > 0).sum())
+    if count < used:
+        raise InputError(
+            f"there are {count} classes, but the split needs {used}, one for each of train, validation and test at "
+            "least. Give more classes, or a fraction of 0 to the splits that you do not need."
+        )
+    sizes = [max(int(share > 0), round(share * count)) for share in shares]
+    while sum(sizes) != count:
+        # Rounding left one or two over or short: the largest split takes that.
+        largest = int(np.argmax(sizes))
+        sizes[largest] += 1 if sum(sizes) < count else -1
+    return sizes
+
+
+def _spool(path: Path, parts: Iterable[tuple[np.ndarray, Sequence[str]]]) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """The rows as they come, mapped from the file `path`; the class number of each row; the sorted class names."""
+    shape: tuple[int, ...] | None = None
+    dtype = np.dtype("uint8")
+    first_seen: dict[str, int] = {}
+    labels: list[np.ndarray] = []
+    count = 0
+    with open(path, "wb") as file:
+        for x, part_labels in parts:
+            assert len(x) == len(part_labels)
+            if shape is None:
+                shape, dtype = x.shape[1:], x.dtype
+                if dtype.name not in DTYPES or not shape or 0 in shape:
+                    raise InputError(
+                        f"rows of type {dtype} and shape {shape}; expected {' or '.join(DTYPES)}, at least one number "
+                        "in each row."
+                    )
+            if x.shape[1:] != shape or x.dtype != dtype:
+                raise InputError(
+                    f"row {count} has shape {x.shape[1:]} and type {x.dtype}; the rows before it {shape} and {dtype}."
+                )
+            if dtype.kind == "f":
+                finite = np.isfinite(x).reshape(len(x), -1).all(1)
+                if not finite.all():
+                    raise InputError(f"row {count + int(np.argmin(finite))} holds NaN or infinity.")
+            file.write(np.ascontiguousarray(x).data)
+            labels.append(np.array([first_seen.setdefault(name, len(first_seen)) for name in part_labels], np.int64))
+            count += len(x)
+    if shape is None or not count:
+        raise InputError("there are no examples to make a store of.")
+    names = tuple(sorted(first_seen))
+    rank = np.empty(len(names), np.int64)
+    rank[[first_seen[name] for name in names]] = np.arange(len(names))
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count, *shape)), rank[np.concatenate(labels)], names
+
+
+def _numbered(schemes: NamedSchemes, names: tuple[str, ...]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The schemes with class numbers, sorted, in place of names; checked to be disjoint."""
+    numbers = {name: number for number, name in enumerate(names)}
+    assert schemes, "a store has at least one split scheme"
+    for scheme, splits in schemes.items():
+        owner: dict[str, str] = {}
+        for split, members in splits.items():
+            if split not in SPLITS:
+                raise InputError(f"split scheme {scheme!r} has a split {split!r}; {nearest(split, SPLITS)}")
+            for name in members:
+                if name not in numbers:
+                    raise InputError(
+                        f"split scheme {scheme!r} puts class {name!r} in {split!r}, but no example has that class."
+                    )
+                if name in owner:
+                    raise InputError(
+                        f"split scheme {scheme!r} has class {name!r} in {owner[name]!r} and in {split!r}; the classes "
+                        "of train, validation and test must be disjoint."
+                    )
+                owner[name] = split
+    return {
+        scheme: {split: tuple(sorted(numbers[name] for name in splits.get(split, ()))) for split in SPLITS}
+        for scheme, splits in schemes.items()
+    }
