@@ -1,0 +1,60 @@
+"""One worker in this process: the same chunks, the same tree and the same bits as with any number of Ray workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from raymeta.meta_gradient import MetaGradient
+from raymeta.workers.pool import StepTimings, WorkerPool
+from raymeta.workers.reduction import chunk_count, chunk_slices, tasks_per_chunk
+from raymeta.workers.worker import Build, Chunk, MapFunction, Worker, WorkerSettings
+
+
+class LocalPool(WorkerPool):
+    """See the module. torch's number of threads is the caller's own again after each call.
+
+    Args:
+        build: makes the parts; called once, here.
+        chunk_tasks: `algorithm.chunk_tasks`, the tasks in one batch; None: by rule.
+
+    Raises:
+        InputError: settings that this machine cannot meet.
+    """
+
+    def __init__(self, build: Build, settings: WorkerSettings | None = None, chunk_tasks: int | None = None) -> None:
+        self._worker = Worker()
+        self.reports = (self._worker.setup(build, settings or WorkerSettings()),)
+        self.timings = StepTimings()
+        self._chunk_tasks = chunk_tasks
+        self._device = self.reports[0].device
+        tasks_per_chunk(chunk_tasks, self._device)
+
+    @property
+    def workers(self) -> int:
+        return 1
+
+    def meta_gradient(self, params: Tensor, step: int, indices: range) -> MetaGradient:
+        started = time.perf_counter()
+        chunks = chunk_count(len(indices), self._chunk_tasks, self._device)
+        slices = chunk_slices(len(indices), chunks)
+        share = [Chunk(leaf, indices[piece.start : piece.stop]) for leaf, piece in enumerate(slices)]
+        (total,) = self._worker.meta_gradient(params, step, share, chunks)
+        total = replace(total, gradient=total.gradient.to(params.device))
+        seconds = time.perf_counter() - started
+        self.timings = StepTimings(compute_seconds={0: seconds}, total_seconds=seconds)
+        return total
+
+    def map(self, function: MapFunction, params: Tensor, split: str, indices: Sequence[int]) -> list[Any]:
+        size = tasks_per_chunk(self._chunk_tasks, self._device)
+        results: list[Any] = []
+        for start in range(0, len(indices), size):
+            results += self._worker.map(function, params, split, indices[start : start + size])
+        return results
+
+    def close(self) -> None:
+        """Nothing to end: the worker is this process."""

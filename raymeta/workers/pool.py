@@ -1,0 +1,83 @@
+"""The one interface that the driver computes through: `LocalPool` and `RayPool` stand behind it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from raymeta.meta_gradient import MetaGradient
+from raymeta.workers.worker import MapFunction, WorkerReport
+
+
+@dataclass(frozen=True)
+class StepTimings:
+    """Where the seconds of one `meta_gradient` went.
+
+    Attributes:
+        broadcast_seconds: placing the parameters where the workers read them.
+        compute_seconds: for each worker (by number), what it computed; a worker without work is not in it.
+        gather_seconds: waiting beyond the slowest worker's computing: calls, queues, results on their way.
+        add_seconds: finishing the tree in the driver.
+        total_seconds: all of it.
+    """
+
+    broadcast_seconds: float = 0.0
+    compute_seconds: Mapping[int, float] = field(default_factory=dict)
+    gather_seconds: float = 0.0
+    add_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+class WorkerPool(ABC):
+    """Workers that compute for the driver. Results do not depend on how many there are.
+
+    Attributes:
+        reports: what each worker said of itself when it was set up.
+        timings: of the last `meta_gradient`.
+    """
+
+    reports: tuple[WorkerReport, ...]
+    timings: StepTimings
+
+    @property
+    @abstractmethod
+    def workers(self) -> int:
+        """How many workers there are."""
+
+    @abstractmethod
+    def meta_gradient(self, params: Tensor, step: int, indices: range) -> MetaGradient:
+        """The sum of the meta-gradients over the training tasks `indices`.
+
+        Args:
+            params: [P] the flat parameters; not changed.
+            step: the outer step, counted from 0.
+            indices: contiguous task numbers, at least one.
+
+        Raises:
+            TaskError: the user's model or a task raised; names the tasks.
+            RunError: no worker is left that could go on.
+        """
+
+    @abstractmethod
+    def map(self, function: MapFunction, params: Tensor, split: str, indices: Sequence[int]) -> list[Any]:
+        """One result per task, in the order of `indices`. Raises as `meta_gradient`.
+
+        The tasks run in batches that follow from their positions alone, `function` once per batch.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the workers and give back what they held. A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

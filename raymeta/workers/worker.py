@@ -1,0 +1,347 @@
+"""One worker: draws its own tasks, adapts to them, and returns partial sums of the fixed tree. No ray in here.
+
+`LocalPool` has one of these in its own process, `RayPool` one in each actor. What travels to a worker is the flat
+parameters and task numbers; what comes back is one sum per maximal subtree of the leaves that it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raymeta.errors import InputError, RunError
+from raymeta.meta_gradient import MetaGradient, Node
+from raymeta.params import ParameterLayout, Params
+from raymeta.tasks.source import TaskSource
+from raymeta.workers.reduction import Reducer
+
+# Batches drawn ahead for the next step are kept up to this many bytes in each worker.
+PREPARED_BYTES = 256 << 20
+
+
+class Learning(Protocol):
+    """What a worker asks of a learner (`raymeta.algorithms` has them)."""
+
+    def init(self, model: nn.Module, seed: int) -> Params: ...
+
+    def meta_gradient(self, model: nn.Module, params: Params, batch: Any, step: int) -> MetaGradient: ...
+
+
+@dataclass(frozen=True)
+class WorkerParts:
+    """What a worker computes with. `evaluation_source` may be `source` itself."""
+
+    source: TaskSource
+    evaluation_source: TaskSource
+    model: nn.Module
+    learner: Learning
+
+
+Build = Callable[[], WorkerParts]
+# (parts, params, split, task numbers) -> one result per task, in that order.
+MapFunction = Callable[[WorkerParts, Params, str, Sequence[int]], list[Any]]
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How a worker computes; the same for all workers of a run.
+
+    Attributes:
+        threads: cores that one worker's tensor operations use. Part of what decides the bits on a CPU.
+        device: "auto" (the GPU where the worker has one), "cpu" or "cuda".
+        deterministic: refuse GPU kernels (and threaded CPU ones) whose sums have no fixed order.
+    """
+
+    threads: int = 1
+    device: str = "auto"
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise InputError(f"workers.threads={self.threads}; expected at least 1.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"workers.device={self.device!r}; expected auto, cpu or cuda.")
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What a worker says of itself once it is set up.
+
+    Attributes:
+        fingerprints: of the training and of the evaluation source; two workers must agree.
+        torch_version, numerics: where these differ between workers (numerics is the CPU capability or the GPU's
+            name), results may differ in their last bits.
+        compiler: a C++ compiler is there (and Triton, on a GPU), so `torch.compile` can work.
+        device: "cpu" or "cuda".
+    """
+
+    fingerprints: tuple[str, str]
+    torch_version: str
+    numerics: str
+    compiler: bool
+    device: str
+    parameters: int
+    host: str
+    pid: int
+
+
+class Chunk(NamedTuple):
+    """A leaf of the step's tree, and the numbers of its tasks."""
+
+    leaf: int
+    tasks: range
+
+
+class TaskError(RunError):
+    """The user's model or tasks raised. Retrying does not help.
+
+    Attributes:
+        tasks: the numbers of the tasks that raise when each is run alone; all tasks of the batch where none does.
+        traceback_text: the original traceback, from the process where it happened.
+    """
+
+    def __init__(self, message: str, tasks: tuple[int, ...], traceback_text: str) -> None:
+        super().__init__(message, tasks, traceback_text)  # the arguments are what pickle gives back to __init__
+        self.tasks = tasks
+        self.traceback_text = traceback_text
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}\n\nThe original traceback:\n{self.traceback_text}"
+
+
+class DeviceError(RunError):
+    """The worker's GPU is out of memory or in a state that only a new process gets out of."""
+
+
+class Worker:
+    """See the module. `setup` comes first; a worker is used by one thread."""
+
+    def setup(self, build: Build, settings: WorkerSettings) -> WorkerReport:
+        """Make the parts, and the process ready to compute with them.
+
+        Raises:
+            InputError: settings that this machine cannot meet.
+        """
+        self._settings = settings
+        self._device = _choose_device(settings.device)
+        if self._device.type == "cuda":
+            # cuBLAS reads this when CUDA starts; without it the deterministic setting raises.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        keep_freed_memory()
+        with self._numerics():
+            parts = build()
+            self._parts = replace(parts, model=parts.model.to(self._device))
+            self._layout = ParameterLayout.of(parts.learner.init(self._parts.model, 0))
+            self._flat = torch.empty(self._layout.size, dtype=self._layout.dtype, device=self._device)
+            fingerprint = parts.source.fingerprint()
+            same = parts.evaluation_source is parts.source
+            evaluation_fingerprint = fingerprint if same else parts.evaluation_source.fingerprint()
+        self._version: int | None = None
+        self._prepared: dict[range, Any] = {}
+        return WorkerReport(
+            fingerprints=(fingerprint, evaluation_fingerprint),
+            torch_version=torch.__version__,
+            numerics=_numerics_name(self._device),
+            compiler=_compiler_present(self._device),
+            device=self._device.type,
+            parameters=self._layout.size,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+
+    def meta_gradient(
+        self, flat: Tensor, step: int, share: Sequence[Chunk], chunks: int, version: int | None = None
+    ) -> list[MetaGradient]:
+        """The sums over the leaves of `share`, one for each maximal subtree of the tree of `chunks` leaves.
+
+        Args:
+            flat: [P] parameters, copied (never written to: with Ray it is memory that others read).
+            version: names the parameters; those of the same version as before are not copied again.
+
+        Raises:
+            TaskError: the model or a task raised.
+            DeviceError: the GPU is out of memory or broken.
+        """
+
+        def run(tasks: Sequence[int], prepared: Any = None) -> MetaGradient:
+            batch = self._parts.source.tasks("train", tasks) if prepared is None else prepared
+            return self._parts.learner.meta_gradient(self._parts.model, params, batch.to(self._device), step)
+
+        reducer = Reducer(chunks, step)
+        with self._numerics():
+            params = self._load(flat, version)
+            for leaf, tasks in share:
+                with _named(run, tasks, f"step {step}"):
+                    part = run(tasks, self._prepared.pop(tasks, None))
+                assert part.gradient.shape == self._flat.shape, f"a gradient of shape {tuple(part.gradient.shape)}"
+                reducer.add(replace(part, step=step, node=Node(leaf, leaf + 1)))
+        return reducer.parts()
+
+    def prepare(self, batches: Sequence[range]) -> None:
+        """Draw these batches of training tasks ahead of the step that asks for them; drop all other drawn ones.
+
+        A batch that cannot be drawn is left: the step that needs it meets the error itself, and reports it.
+        """
+        self._prepared = {tasks: self._prepared[tasks] for tasks in batches if tasks in self._prepared}
+        held = sum(_bytes_of(batch) for batch in self._prepared.values())
+        with self._numerics():
+            for tasks in batches:
+                if held >= PREPARED_BYTES:
+                    return
+                if tasks not in self._prepared:
+                    try:
+                        self._prepared[tasks] = self._parts.source.tasks("train", tasks)
+                    except Exception:
+                        return
+                    held += _bytes_of(self._prepared[tasks])
+
+    def map(
+        self, function: MapFunction, flat: Tensor, split: str, indices: Sequence[int], version: int | None = None
+    ) -> list[Any]:
+        """One result per task, in the order of `indices`, which run as one batch. Raises as `meta_gradient`."""
+
+        def run(tasks: Sequence[int]) -> list[Any]:
+            results = function(self._parts, params, split, tasks)
+            if len(results) != len(tasks):
+                raise ValueError(f"{function} gave {len(results)} results for {len(tasks)} tasks")
+            return results
+
+        with self._numerics():
+            params = self._load(flat, version)
+            with _named(run, indices, f"split {split!r}"):
+                return run(indices)
+
+    def _load(self, flat: Tensor, version: int | None) -> Params:
+        """The parameters by name, views of this worker's own buffer."""
+        if flat.shape != self._flat.shape or flat.dtype != self._flat.dtype:
+            raise InputError(
+                f"the parameters are {flat.dtype} of shape {tuple(flat.shape)}, but the worker's model and learner "
+                f"have {self._flat.dtype} of shape {tuple(self._flat.shape)}."
+            )
+        if version is None or version != self._version:
+            self._flat.copy_(flat.detach())
+            self._version = version
+        return self._layout.unflatten(self._flat)
+
+    @contextlib.contextmanager
+    def _numerics(self) -> Iterator[None]:
+        """What decides the bits is set while the worker computes, and put back: the process may be the user's own."""
+        threads = torch.get_num_threads()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch_settings: Any = torch.utils.deterministic
+        fill = torch_settings.fill_uninitialized_memory
+        # On one CPU thread every sum has a fixed order already, and the deterministic kernels are slower.
+        wanted = self._settings.deterministic and (self._device.type == "cuda" or self._settings.threads > 1)
+        if threads != self._settings.threads:
+            torch.set_num_threads(self._settings.threads)
+        if wanted:
+            torch_settings.fill_uninitialized_memory = False  # an extra pass over every new tensor
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            if wanted:
+                torch.use_deterministic_algorithms(deterministic)
+                torch_settings.fill_uninitialized_memory = fill
+            if threads != self._settings.threads:
+                torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _named(run: Callable[[Sequence[int]], Any], tasks: Sequence[int], where: str) -> Iterator[None]:
+    """An error of the user's code inside becomes a TaskError that names the tasks: each is run alone to find them."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise  # says itself what is wrong and where to change it
+    except Exception as error:
+        text = traceback.format_exc()
+        if _is_device_error(error):
+            raise DeviceError(
+                f"tasks {_names(tasks)} of {where}: {type(error).__name__}: {error} "
+                "(out of memory: lower algorithm.chunk_tasks)."
+            ) from None
+        failing = tuple(task for task in tasks if _raises(run, task)) if len(tasks) > 1 else tuple(tasks)
+        alone = "" if failing else " (as one batch; none of them fails alone)"
+        named = failing or tuple(tasks)
+        message = f"task {_names(named)} of {where} failed{alone}: {type(error).__name__}: {error}"
+        raise TaskError(message, named, text) from error
+
+
+def _raises(run: Callable[[Sequence[int]], Any], task: int) -> bool:
+    try:
+        run([task])
+    except Exception:
+        return True
+    return False
+
+
+def _names(tasks: Sequence[int]) -> str:
+    return ", ".join(map(str, tasks))
+
+
+def _is_device_error(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)
+    return (accelerator is not None and isinstance(error, accelerator)) or (
+        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    )
+
+
+def _choose_device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("workers.device=cuda, but this machine has no GPU that torch can use. Set workers.device=cpu.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _numerics_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _compiler_present(device: torch.device) -> bool:
+    names = [os.environ.get("CXX"), "g++", "c++", "clang++"]
+    return any(name and shutil.which(name) for name in names) and (
+        device.type == "cpu" or torch.utils._triton.has_triton()
+    )
+
+
+def _bytes_of(batch: Any) -> int:
+    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of returning it to the kernel, for the rest of the process.
+
+    Large tensors are otherwise mapped and unmapped at each use, and the page faults cost as much as the arithmetic:
+    measured, a step takes half the time. The price: the process stays at its peak size. Elsewhere than on Linux with
+    glibc, nothing is done.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD: below this size, from the heap
+    libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD: free space kept at the heap's end
+
+
+def tensor_view(array: np.ndarray) -> Tensor:
+    """A tensor over the memory of `array`, which may be marked read-only: it must not be written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        return torch.from_numpy(array)

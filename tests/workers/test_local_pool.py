@@ -1,0 +1,111 @@
+"""The worker and the pool in this process: closed by a plain sum over tasks; errors name their task."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from raymeta.errors import InputError
+from raymeta.params import ParameterLayout, params_hash
+from raymeta.workers.local_pool import LocalPool
+from raymeta.workers.worker import TaskError, Worker, WorkerSettings
+
+
+@pytest.mark.parametrize("chunk_tasks", [None, 1, 3, 100])
+def test_the_total_is_the_sum_over_the_tasks(lines, params, chunk_tasks):
+    build = lines()
+    before = params_hash(params)
+    with LocalPool(build, chunk_tasks=chunk_tasks) as pool:
+        total = pool.meta_gradient(params, 2, range(20, 33))
+        again = pool.meta_gradient(params, 2, range(20, 33))
+    parts = build()
+    layout = ParameterLayout.of(parts.learner.init(parts.model, 0))
+    each = [
+        parts.learner.meta_gradient(parts.model, layout.unflatten(params), parts.source.tasks("train", [task]), 2)
+        for task in range(20, 33)
+    ]
+    assert total.tasks == 13
+    assert total.step == 2
+    torch.testing.assert_close(total.gradient, torch.stack([one.gradient for one in each]).sum(0))
+    assert total.metrics["loss"] == pytest.approx(sum(one.metrics["loss"] for one in each))
+    assert torch.equal(total.gradient, again.gradient)
+    assert params_hash(params) == before
+
+
+def test_map_gives_one_result_per_task_in_index_order(lines, params, first_numbers):
+    with LocalPool(lines()) as pool:
+        assert [task for task, _ in pool.map(first_numbers, params, "test", range(19))] == list(range(19))
+        assert [task for task, _ in pool.map(first_numbers, params, "test", [7, 3, 11])] == [7, 3, 11]
+        assert pool.map(first_numbers, params, "test", []) == []
+
+
+def test_threads_are_the_callers_own_again(lines, params):
+    before = torch.get_num_threads()
+    seen = []
+    with LocalPool(lines(act=lambda task: seen.append(torch.get_num_threads())), WorkerSettings(threads=3)) as pool:
+        pool.meta_gradient(params, 0, range(4))
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_names_its_tasks_and_carries_the_original_traceback(lines, params, first_numbers):
+    with LocalPool(lines(broken=(5, 6)), chunk_tasks=4) as pool:
+        with pytest.raises(TaskError, match="task 5, 6 of step 9 failed: ZeroDivisionError") as caught:
+            pool.meta_gradient(params, 9, range(12))
+        with pytest.raises(TaskError, match="task 5 of split 'test' failed"):
+            pool.map(first_numbers, params, "test", [3, 5])
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert error.tasks == (5, 6)
+    assert "raise ZeroDivisionError" in str(error)
+    assert "in tasks" in error.traceback_text
+
+
+def test_an_error_of_the_model_names_all_its_tasks(lines, params):
+    def build():
+        parts = lines()()
+
+        class Narrow(nn.Linear):
+            def forward(self, x):
+                return super().forward(x[..., :2])
+
+        return type(parts)(parts.source, parts.source, Narrow(5, 1), parts.learner)
+
+    with LocalPool(build, chunk_tasks=2) as pool, pytest.raises(TaskError) as caught:
+        pool.meta_gradient(params, 0, range(4))
+    assert caught.value.tasks == (0, 1)
+
+
+def test_parameters_of_another_model_are_refused(lines):
+    with LocalPool(lines()) as pool, pytest.raises(InputError, match=r"shape \(7,\)"):
+        pool.meta_gradient(torch.zeros(7), 0, range(4))
+
+
+def test_prepared_batches_are_used_once_and_stale_ones_dropped(lines, params):
+    drawn = []
+    worker = Worker()
+    worker.setup(lines(act=drawn.append, broken=(9,)), WorkerSettings())
+    worker.prepare([range(2), range(2, 4)])
+    assert drawn == [0, 1, 2, 3]
+    worker.prepare([range(2, 4), range(8, 10)])  # task 9 cannot be drawn: left to the step that needs it
+    drawn.clear()
+    worker.meta_gradient(params, 0, [(0, range(2)), (1, range(2, 4))], 2)
+    assert drawn == [0, 1]
+
+
+def test_the_report_says_what_decides_the_bits(lines):
+    with LocalPool(lines(), WorkerSettings(device="cpu")) as pool:
+        (report,) = pool.reports
+    assert report.fingerprints == ("lines-0", "lines-0")
+    assert report.torch_version == torch.__version__
+    assert report.device == "cpu"
+    assert report.parameters == 6
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(InputError, match=r"workers\.threads=0"):
+        WorkerSettings(threads=0)
+    with pytest.raises(InputError, match=r"workers\.device='tpu'"):
+        WorkerSettings(device="tpu")
