@@ -1,7 +1,6 @@
 """Losses, metrics and the interval of a mean.
 
-A loss or metric is a function of one task: outputs [Q, ...], targets [Q] or [Q, D], and a mask [Q] or None; it
-returns the mean over the rows that count. They are written such that `torch.func.vmap` maps them over tasks.
+A loss or metric is a function of rows; for each of T tasks it is the mean over the task's rows that count.
 """
 
 from __future__ import annotations
@@ -15,14 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RowFunction = Callable[[Tensor, Tensor], Tensor]
-
-
-def masked_mean(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of `rows` [Q] over the rows where `mask` [Q] is true. A task without any counted row gives 0 / 0."""
-    if mask is None:
-        return rows.mean()
-    # `where`, not a product: a padded row may hold anything, and inf * 0 would be nan.
-    return torch.where(mask, rows, torch.zeros_like(rows)).sum() / mask.sum()
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -46,7 +37,7 @@ def _binary_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return ((outputs.squeeze(-1) > 0) == (targets > 0.5)).to(outputs.dtype)
 
 
-# Rows [Q] of each loss and metric; every one is a mean over rows (and over the D outputs of a row).
+# From outputs [R, ...] and targets [R] or [R, D] to rows [R].
 LOSSES: dict[str, RowFunction] = {
     "cross_entropy": _cross_entropy,
     "mean_squared_error": _squared_error,
@@ -60,14 +51,26 @@ METRICS: dict[str, RowFunction] = {
 HIGHER_IS_BETTER = {"accuracy": True, "binary_accuracy": True, "mean_squared_error": False}
 
 
-def task_loss(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-    """The loss `name` of one task, a number."""
-    return masked_mean(LOSSES[name](outputs, targets), mask)
+def task_losses(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[T] the loss `name` of each task, from outputs [T, Q, ...] and targets [T, Q] or [T, Q, D].
+
+    Args:
+        mask: [T, Q] bool, the rows that count; None: all.
+    """
+    return _means(LOSSES[name], outputs, targets, mask)
 
 
-def task_metric(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-    """The metric `name` of one task, a number."""
-    return masked_mean(METRICS[name](outputs, targets), mask)
+def task_metrics(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[T] the metric `name` of each task; arguments as in `task_losses`."""
+    return _means(METRICS[name], outputs, targets, mask)
+
+
+def _means(function: RowFunction, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+    rows = function(outputs.flatten(0, 1), targets.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+    if mask is None:
+        return rows.mean(1)
+    # `where`, not a product: a padded row may hold anything, and inf * 0 would be nan.
+    return torch.where(mask, rows, torch.zeros_like(rows)).sum(1) / mask.sum(1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,224 @@
+"""Learners that adapt by gradient steps: the choice of inner rule, of what is adapted, and of the outer gradient.
+
+Legend: T tasks, S support rows, Q query rows.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raymeta.algorithms.explain import explained
+from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Rates
+from raymeta.algorithms.learner import Adapted, Learner, Statistics
+from raymeta.algorithms.outer_gradients import OuterGradient, Query, QueryResult, StepWeights, displacement, flat, implicit, unrolled
+from raymeta.algorithms.task_model import TaskModel
+from raymeta.episodes import Episodes
+from raymeta.ops.draws import derived_key, task_keys
+from raymeta.params import Params, model_params
+from raymeta.seeding import generator
+
+# Up to this many inner steps the unrolled form is the default: it is the faster one, and its graph still small.
+UNROLLED_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientLearner(Learner):
+    """theta_{i+1} = rule(theta_i, gradient of the support loss); predictions come from theta_k.
+
+    Attributes:
+        inner_steps: k, in training.
+        inner_optimizer: "sgd" (with `inner_momentum`) or "adam" (with `inner_beta1`, `inner_beta2`).
+        inner_weight_decay: added to the inner gradient, times the parameter.
+        inner_batch: how many support rows an inner step sees, drawn without replacement, pass after pass; None: all.
+        outer_gradient: how the outer gradient passes through the steps (see `raymeta.algorithms.outer_gradients`):
+            "exact"; "first_order"; "displacement" (Reptile); "implicit" (iMAML).
+        proximal_weight: lambda, adds lambda/2 |theta_i - theta_0|^2 to the inner objective.
+        solver_steps: steps of the conjugate gradients of "implicit".
+        memory: how the exact gradient is computed: "unrolled" (memory grows with the steps' graphs), "flat" (one
+            graph at a time), or "auto": flat from 6 inner steps on.
+    """
+
+    inner_steps: int = 1
+    inner_optimizer: InnerOptimizer = "sgd"
+    inner_momentum: float = 0.0
+    inner_weight_decay: float = 0.0
+    inner_beta1: float = 0.9
+    inner_beta2: float = 0.999
+    inner_batch: int | None = None
+    outer_gradient: Literal["exact", "first_order", "displacement", "implicit"] = "exact"
+    proximal_weight: float = 0.0
+    solver_steps: int = 5
+    memory: Literal["auto", "unrolled", "flat"] = "auto"
+
+    # Whether the outer parameters are exactly what a task changes, so that theta_0 - theta_k is a gradient for them.
+    all_are_fast = True
+
+    def __post_init__(self) -> None:
+        self.require(self.inner_steps >= 0, "inner_steps", "0 or more")
+        self.require(0 <= self.inner_momentum < 1, "inner_momentum", "a number in [0, 1)")
+        self.require(self.inner_weight_decay >= 0, "inner_weight_decay", "0 or more")
+        self.require(0 <= self.inner_beta1 < 1, "inner_beta1", "a number in [0, 1)")
+        self.require(0 <= self.inner_beta2 < 1, "inner_beta2", "a number in [0, 1)")
+        if self.inner_optimizer == "adam":
+            self.require(not self.inner_momentum, "inner_momentum", "0 with inner_optimizer=adam (use inner_beta1)")
+        self.require(self.inner_batch is None or self.inner_batch > 0, "inner_batch", "1 or more, or null for all rows")
+        self.require(self.proximal_weight >= 0, "proximal_weight", "0 or more")
+        self.require(self.solver_steps > 0, "solver_steps", "1 or more")
+        if self.outer_gradient == "displacement":
+            reason = "exact or first_order: a displacement says nothing of parameters that no task changes"
+            self.require(self.all_are_fast, "outer_gradient", reason)
+        if self.outer_gradient == "implicit":
+            reason = "exact or first_order: the stationary point of the inner problem does not depend on other parameters"
+            self.require(self.all_are_fast, "outer_gradient", reason)
+            reason = "a number above 0 with outer_gradient=implicit: without it theta* does not depend on theta_0"
+            self.require(self.proximal_weight > 0, "proximal_weight", reason)
+            reason = "null with outer_gradient=implicit: the inner problem must be one and the same in every step"
+            self.require(self.inner_batch is None, "inner_batch", reason)
+
+    def rule(self) -> InnerRule:
+        """The inner rule of the settings."""
+        if self.inner_optimizer == "adam":
+            return Adam(self.inner_beta1, self.inner_beta2, weight_decay=self.inner_weight_decay)
+        return SGD(self.inner_momentum, self.inner_weight_decay)
+
+    def fast_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Which of the module's parameters a task changes: all of them, unless a learner says otherwise."""
+        return names
+
+    @abstractmethod
+    def rates(self, params: Params, names: tuple[str, ...], number: int) -> Rates:
+        """For each fast parameter the inner rate of step `number`: a number, or a tensor that broadcasts to it."""
+
+    def support_rows(
+        self, rows: int, tasks: Tensor, purpose: str, step: int, steps: int, device: torch.device
+    ) -> list[Tensor] | None:
+        """For each inner step the positions [T, inner_batch] of the support rows that it sees; None: always all."""
+        if self.inner_batch is None or self.inner_batch >= rows:
+            return None
+        passes = -(-steps * self.inner_batch // rows)
+        orders = []
+        for task in tasks.tolist():
+            draw = generator(self.seed, "inner_batch", purpose, step, task)
+            orders.append(np.concatenate([draw.permutation(rows) for _ in range(passes)]))
+        order = torch.from_numpy(np.stack(orders)).to(device)
+        return [order[:, i * self.inner_batch : (i + 1) * self.inner_batch] for i in range(steps)]
+
+    def inner_loop(
+        self,
+        model: TaskModel,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        support_mask: Tensor | None,
+        tasks: Tensor,
+        step: int | None,
+        steps: int,
+    ) -> InnerLoop:
+        """The inner loop of T tasks. `step`: the outer step, of which dropout is drawn; None outside training."""
+        weights = model_params(params)
+        names = self.fast_names(tuple(weights))
+        shared_names = [name for name in weights if name not in names]
+        count = len(support_x)
+        purpose = "adapt" if step is None else "train"
+        keys = None if step is None else task_keys(self.seed, "support", step, tasks.tolist(), support_x.device)
+        rows = self.support_rows(support_x.shape[1], tasks, purpose, step or 0, steps, support_x.device)
+
+        def start(params: Params) -> Params:
+            own = model_params(params)
+            return {name: own[name].expand(count, *own[name].shape) for name in names}
+
+        def objective(fast: Params, params: Params, number: int) -> Tensor:
+            own = model_params(params)
+            x, y, mask = support_x, support_y, support_mask
+            if rows is not None:
+                place = torch.arange(count, device=x.device)[:, None]
+                x, y = x[place, rows[number]], y[place, rows[number]]
+                mask = None if mask is None else mask[place, rows[number]]
+            key = None if keys is None else derived_key(keys, number)
+            outputs = model.outputs(fast, {name: own[name] for name in shared_names}, x, mask, key)
+            loss = self.losses(outputs, y, mask)
+            if self.proximal_weight:
+                squares = [(fast[name] - own[name]).square().flatten(1).sum(1) for name in names]
+                loss = loss + 0.5 * self.proximal_weight * torch.stack(squares).sum(0)
+            return loss
+
+        def rates(params: Params, number: int) -> Rates:
+            return self.rates(params, names, number)
+
+        return InnerLoop(steps, start, objective, rates, self.rule())
+
+    def query(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> Query:
+        """The query function of a training batch: (fast, outer parameters) -> losses and metrics [T]."""
+        names = self.fast_names(tuple(model_params(params)))
+        keys = task_keys(self.seed, "query", step, batch.tasks.tolist(), batch.query_x.device)
+
+        def query(fast: Params, params: Params) -> QueryResult:
+            shared = {name: value for name, value in model_params(params).items() if name not in names}
+            outputs = model.outputs(fast, shared, batch.query_x, batch.query_mask, keys)
+            return QueryResult(
+                self.losses(outputs, batch.query_y, batch.query_mask),
+                self.metrics(outputs.detach(), batch.query_y, batch.query_mask),
+            )
+
+        return query
+
+    def step_weights(self, step: int) -> StepWeights | None:
+        """The weight of the query loss after each inner step; None: the last alone counts."""
+        return None
+
+    def training_loop(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> InnerLoop:
+        """The inner loop of a training batch."""
+        return self.inner_loop(
+            model, params, batch.support_x, batch.support_y, batch.support_mask, batch.tasks, step, self.inner_steps
+        )
+
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
+        loop, query = self.training_loop(model, params, batch, step), self.query(model, params, batch, step)
+        weights = self.step_weights(step)
+        if self.outer_gradient == "displacement":
+            return displacement(loop, params, query)
+        if self.outer_gradient == "implicit":
+            return implicit(loop, params, query, self.proximal_weight, self.solver_steps)
+        if self.outer_gradient == "first_order":
+            return unrolled(loop, params, query, weights, second_order=False)
+        unroll = self.memory == "unrolled" or (self.memory == "auto" and self.inner_steps <= UNROLLED_STEPS)
+        return (unrolled if unroll else flat)(loop, params, query, weights)
+
+    def adapt(
+        self,
+        model: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        support_mask: Tensor | None = None,
+        tasks: Tensor | None = None,
+        inner_steps: int | None = None,
+    ) -> Adapted:
+        prepared = self.prepared(model)
+        steps = self.inner_steps if inner_steps is None else inner_steps
+        numbers = torch.arange(len(support_x)) if tasks is None else tasks
+        with explained(prepared, model_params(params), support_x[0]):
+            loop = self.inner_loop(prepared, params, support_x, support_y, support_mask, numbers, None, steps)
+            fast = loop.run(params)
+            weights = model_params(params)
+            shared = {name: value for name, value in weights.items() if name not in fast}
+            statistics = prepared.support_statistics(fast, shared, support_x, support_mask)
+        return Adapted(fast, shared, statistics)
+
+    def predict(
+        self,
+        model: nn.Module,
+        adapted: Adapted,
+        query_x: Tensor,
+        query_mask: Tensor | None = None,
+        statistics: Statistics = "support",
+    ) -> Tensor:
+        given = adapted.statistics if statistics == "support" else None
+        with torch.no_grad():
+            return self.prepared(model).outputs(adapted.fast, adapted.shared, query_x, query_mask, None, given)

@@ -1,0 +1,173 @@
+"""The inner loop, written once: from a state to the state after one more step, for all tasks of a batch.
+
+A state is what one inner step hands to the next: the fast parameters and the inner optimiser's own variables, all with
+a leading task dimension. A step is a differentiable function of the state and of the outer parameters; how the outer
+gradient passes through the steps is the business of `outer_gradients`.
+
+Legend: T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from raymeta.params import Params
+
+# The fast parameters are under "fast"; what else there is depends on the rule ("momentum"; "first", "second").
+State = dict[str, Params]
+Rates = Mapping[str, float | Tensor]
+
+
+def flatten_state(state: State) -> list[Tensor]:
+    """The tensors of a state in a fixed order."""
+    return [tensor for part in state.values() for tensor in part.values()]
+
+
+def rebuild_state(like: State, tensors: list[Tensor]) -> State:
+    """The inverse of `flatten_state`."""
+    iterator = iter(tensors)
+    return {part: {name: next(iterator) for name in names} for part, names in like.items()}
+
+
+class InnerRule(Protocol):
+    """How gradients change the fast parameters."""
+
+    def start(self, fast: Params) -> State:
+        """The state before the first step."""
+        ...
+
+    def update(self, state: State, gradients: Params, rates: Rates, step: int) -> State:
+        """The state after step number `step` (from 0)."""
+        ...
+
+
+@dataclass(frozen=True)
+class SGD:
+    """theta <- theta - r * u with g' = g + weight_decay * theta, u = momentum * u + g' (torch.optim.SGD's form)."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def start(self, fast: Params) -> State:
+        state: State = {"fast": fast}
+        if self.momentum:
+            state["momentum"] = {name: torch.zeros_like(value) for name, value in fast.items()}
+        return state
+
+    def update(self, state: State, gradients: Params, rates: Rates, step: int) -> State:
+        fast = state["fast"]
+        if self.weight_decay:
+            gradients = {name: g + self.weight_decay * fast[name] for name, g in gradients.items()}
+        after: State = {}
+        if self.momentum:
+            gradients = {name: self.momentum * state["momentum"][name] + g for name, g in gradients.items()}
+            after["momentum"] = gradients
+        return {"fast": {name: value - rates[name] * gradients[name] for name, value in fast.items()}, **after}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (arXiv 1412.6980) with a square root whose derivative at 0 is 0 and not infinite.
+
+    Where a gradient is exactly 0 (a dead unit) the plain sqrt gives 0 * inf = nan in the outer gradient
+    (TorchOpt issue 26). With the first moment 0 there too, the update is 0 and so is what flows back through the root.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+    def start(self, fast: Params) -> State:
+        zeros = {name: torch.zeros_like(value) for name, value in fast.items()}
+        state: State = {"fast": fast, "second": zeros}
+        if self.beta1:
+            state["first"] = dict(zeros)
+        return state
+
+    def update(self, state: State, gradients: Params, rates: Rates, step: int) -> State:
+        after: State = {"fast": {}, "second": {}}
+        if self.beta1:
+            after["first"] = {}
+        for name, value in state["fast"].items():
+            g = gradients[name] + self.weight_decay * value if self.weight_decay else gradients[name]
+            second = self.beta2 * state["second"][name] + (1 - self.beta2) * g.square()
+            after["second"][name] = second
+            if self.beta1:
+                g = self.beta1 * state["first"][name] + (1 - self.beta1) * g
+                after["first"][name] = g
+                g = g / (1 - self.beta1 ** (step + 1))
+            root = safe_sqrt(second / (1 - self.beta2 ** (step + 1)))
+            after["fast"][name] = value - rates[name] * g / (root + self.epsilon)
+        return after
+
+
+def safe_sqrt(value: Tensor) -> Tensor:
+    """The square root, with derivative 0 where the value is 0."""
+    positive = value > 0
+    return torch.where(positive, torch.where(positive, value, torch.ones_like(value)).sqrt(), torch.zeros_like(value))
+
+
+InnerOptimizer = Literal["sgd", "adam"]
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """One batch of tasks, ready to be adapted.
+
+    Attributes:
+        steps: how many inner steps there are.
+        start: outer parameters -> fast parameters [T, ...], differentiable.
+        objective: (fast, outer parameters, step number) -> [T] what the inner loop descends.
+        rates: (outer parameters, step number) -> for each fast parameter a number or a tensor that broadcasts to it.
+        rule: SGD or Adam.
+    """
+
+    steps: int
+    start: Callable[[Params], Params]
+    objective: Callable[[Params, Params, int], Tensor]
+    rates: Callable[[Params, int], Rates]
+    rule: InnerRule
+
+    def first_state(self, params: Params) -> State:
+        """s_0, differentiable in `params`."""
+        return self.rule.start(self.start(params))
+
+    def step(self, state: State, params: Params, number: int, second_order: bool) -> State:
+        """s_{number+1} from s_number.
+
+        With `second_order` the inner gradient is itself differentiable in the state and in `params`; without, it is
+        a constant (first-order MAML, arXiv 1703.03400 section 5.2), and only the update around it is.
+        """
+        fast = state["fast"]
+        loss = self.objective(fast, params, number)
+        values = list(fast.values())
+        gradients = torch.autograd.grad(loss.sum(), values, create_graph=second_order, allow_unused=True)
+        # A fast parameter that the loss does not reach has gradient 0.
+        named = {
+            name: torch.zeros_like(value) if gradient is None else gradient
+            for (name, value), gradient in zip(fast.items(), gradients, strict=True)
+        }
+        return self.rule.update(state, named, self.rates(params, number), number)
+
+    def run(self, params: Params, steps: int | None = None) -> Params:
+        """The adapted parameters [T, ...] after `steps` steps, without any graph."""
+        params = {name: value.detach() for name, value in params.items()}
+        state = self.first_state(params)
+        for number in range(self.steps if steps is None else steps):
+            state = self.detached_step(state, params, number)
+        return {name: value.detach() for name, value in state["fast"].items()}
+
+    def detached_step(self, state: State, params: Params, number: int) -> State:
+        """s_{number+1} from s_number, as leaves without a graph."""
+        leaves = rebuild_state(state, [tensor.detach() for tensor in flatten_state(state)])
+        for value in leaves["fast"].values():
+            value.requires_grad_()
+        with torch.enable_grad():
+            after = self.step(leaves, params, number, second_order=False)
+        return rebuild_state(after, [tensor.detach() for tensor in flatten_state(after)])

@@ -1,0 +1,182 @@
+"""The Learner: what every meta-learning algorithm is, and what an adaptation leaves.
+
+A learner is a frozen dataclass of hyper-parameters without state, so that it pickles, batches and travels. Every field
+but those in `FILLED_BY_BUILD` is a key of the configuration's `algorithm` section.
+
+Legend: T tasks, S support rows, Q query rows, P numbers in all outer parameters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from raymeta.algorithms.explain import explained
+from raymeta.algorithms.outer_gradients import OuterGradient
+from raymeta.algorithms.task_model import Batching, Precision, TaskModel, task_model
+from raymeta.episodes import Episodes
+from raymeta.errors import InputError
+from raymeta.meta_gradient import MetaGradient
+from raymeta.metrics import task_losses, task_metrics
+from raymeta.ops.batch_norm import LayerStatistics
+from raymeta.params import MODEL, ParameterLayout, Params, model_params
+
+# "batch": batch norms use the batch at hand (transductive where the queries are seen together, the papers' test).
+# "support": they use the support set's, so that each query row is treated alone (inductive).
+Statistics = Literal["batch", "support"]
+
+# Fields that come from the task source and the configuration's other sections.
+FILLED_BY_BUILD = frozenset({"loss", "metric", "seed", "training_classes", "embedding_size"})
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What an adaptation leaves for T tasks.
+
+    Attributes:
+        fast: [T, ...] what each task has of its own, by name.
+        shared: what all tasks have in common, by name.
+        statistics: the support set's statistics of each batch norm, [T, C].
+    """
+
+    fast: Params
+    shared: Params
+    statistics: LayerStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner(ABC):
+    """A meta-learning algorithm.
+
+    Attributes:
+        batching: "vmap": a chunk of tasks is one batch of tensors; "loop": one task after the other, for models that
+            torch.func.vmap cannot map.
+        precision: "float32": as the parameters are; "bfloat16": matrix products in bfloat16 (torch.autocast),
+            parameters, losses and sums as they are.
+        loss, metric: names in `raymeta.metrics`.
+        seed: of every draw inside an adaptation.
+        training_classes: how many classes the training split has; None where there are none.
+    """
+
+    batching: Batching = "vmap"
+    precision: Precision = "float32"
+    loss: str = "cross_entropy"
+    metric: str = "accuracy"
+    seed: int = 0
+    training_classes: int | None = None
+
+    # Whether the model must put out a class score or target itself, or an embedding that the learner compares.
+    needs_head = True
+
+    def init(self, model: nn.Module, seed: int) -> Params:
+        """The outer parameters before the first step: the module's weights as they are, under `model.`, and what the
+        learner learns beside them, drawn from `seed`."""
+        params = {
+            MODEL + name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad
+        }
+        if not params:
+            raise InputError("the model has no parameter that requires a gradient; there is nothing to meta-train")
+        return params
+
+    @abstractmethod
+    def adapt(
+        self,
+        model: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        support_mask: Tensor | None = None,
+        tasks: Tensor | None = None,
+        inner_steps: int | None = None,
+    ) -> Adapted:
+        """Adapts to T tasks at once, without a graph.
+
+        Args:
+            support_x: [T, S, ...].
+            support_y: [T, S] or [T, S, D].
+            support_mask: [T, S] bool, the rows that count; None: all.
+            tasks: [T] the tasks' numbers, for learners that draw (mini-batches); None: 0 .. T-1.
+            inner_steps: other than in training; None: as in training.
+        """
+
+    @abstractmethod
+    def predict(
+        self,
+        model: nn.Module,
+        adapted: Adapted,
+        query_x: Tensor,
+        query_mask: Tensor | None = None,
+        statistics: Statistics = "support",
+    ) -> Tensor:
+        """[T, Q, ...] outputs (class scores or targets) for query_x [T, Q, ...]; without a graph."""
+
+    @abstractmethod
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
+        """The sum over the batch's tasks of the meta-gradients, by parameter name, and the query results [T]."""
+
+    def meta_gradient(self, model: nn.Module, params: Params, batch: Episodes, step: int) -> MetaGradient:
+        """The sum over the batch's tasks: gradient [P] in the order of `params`, losses, metrics, bad tasks.
+
+        Raises:
+            InputError: the model cannot be mapped over tasks, or has a layer without a second derivative.
+        """
+        prepared = self.prepared(model)
+        with explained(prepared, model_params(params), batch.support_x[0]):
+            result = self.summed_gradient(prepared, params, batch, step)
+        gradient = ParameterLayout.of(params).flatten(result.gradient)
+        bad: tuple[int, ...] = ()
+        if not _finite(gradient, result.loss):
+            bad = self._bad_tasks(prepared, params, batch, step)
+        return MetaGradient(
+            gradient=gradient,
+            tasks=len(batch),
+            metrics={"loss": _total(result.loss), self.metric: _total(result.metric)},
+            bad_tasks=bad,
+            step=step,
+        )
+
+    def _bad_tasks(self, prepared: TaskModel, params: Params, batch: Episodes, step: int) -> tuple[int, ...]:
+        """The numbers of the tasks whose own loss or gradient is not finite; all, where it is only their sum."""
+        numbers = [int(number) for number in batch.tasks]
+        if len(numbers) == 1:
+            return tuple(numbers)
+        bad = []
+        for place, number in enumerate(numbers):
+            alone = self.summed_gradient(prepared, params, batch.select(place, place + 1), step)
+            if not _finite(alone.loss, *alone.gradient.values()):
+                bad.append(number)
+        return tuple(bad or numbers)
+
+    def prepared(self, model: nn.Module) -> TaskModel:
+        """The prepared copy of `model` that all of this learner's calls share."""
+        return task_model(model, self.batching, self.precision)
+
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """[T] the loss of each task."""
+        return task_losses(self.loss, outputs, targets, mask)
+
+    def metrics(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """[T] the metric of each task."""
+        with torch.no_grad():
+            return task_metrics(self.metric, outputs, targets, mask)
+
+    def require(self, holds: bool, field: str, expected: str) -> None:
+        """Raises InputError for the setting `algorithm.<field>` unless `holds`."""
+        if not holds:
+            raise InputError(f"algorithm.{field}={getattr(self, field)!r}; expected {expected}")
+
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _finite(*values: Tensor) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in values)
+
+
+def _total(values: Tensor) -> float:
+    return float(values.double().sum())

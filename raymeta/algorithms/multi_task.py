@@ -1,0 +1,163 @@
+"""The multi-task baseline: train one network on all training tasks together, then fine-tune it on a task.
+
+What meta-learning has to be better than: for regression the pretrained network of the MAML paper (arXiv 1703.03400,
+section 5.1); for classification a classifier over all training classes whose embedding gets a new head (Baseline of
+Chen et al. 2019, arXiv 1904.04232).
+
+Legend: T tasks, N ways, S support rows, Q query rows, D embedding size, C training classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from raymeta.algorithms.explain import explained
+from raymeta.algorithms.inner_loop import InnerLoop, Rates
+from raymeta.algorithms.learner import Adapted, Statistics
+from raymeta.algorithms.maml import MAML
+from raymeta.algorithms.outer_gradients import OuterGradient
+from raymeta.algorithms.task_model import TaskModel
+from raymeta.episodes import Episodes
+from raymeta.errors import InputError
+from raymeta.ops.draws import task_keys
+from raymeta.params import MODEL, Params, model_params
+from raymeta.seeding import torch_generator
+
+JOINT_WEIGHT, JOINT_BIAS = "joint_head.weight", "joint_head.bias"
+HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiTask(MAML):
+    """Outer loss: the plain loss of all rows of all tasks. Adaptation: `inner_steps` of fine-tuning on the support set.
+
+    With classes (`training_classes` given) the model is an embedding: a joint linear head over all C training classes
+    is trained with it, and a task fine-tunes a new linear head that starts at 0. Without classes (regression) the
+    network itself is trained on all tasks and fine-tuned.
+
+    Attributes:
+        fine_tune: "all" parameters, or the "head" alone (only with classes).
+    """
+
+    inner_steps: int = 50
+    inner_rate: float = 0.01
+    fine_tune: Literal["all", "head"] = "all"
+    embedding_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expected = "exact: joint training has no inner loop to differentiate"
+        self.require(self.outer_gradient == "exact", "outer_gradient", expected)
+
+    @property
+    def needs_head(self) -> bool:  # type: ignore[override]
+        return self.training_classes is None
+
+    def init(self, model: nn.Module, seed: int) -> Params:
+        params = super().init(model, seed)
+        if self.training_classes is None:
+            if self.fine_tune == "head":
+                raise InputError("algorithm.fine_tune='head' needs tasks with classes; expected 'all' for regression")
+            return params
+        assert self.embedding_size is not None, "the build step fills embedding_size in"
+        like = next(iter(params.values()))
+        bound = self.embedding_size**-0.5
+        unit = torch.rand((self.training_classes, self.embedding_size), generator=torch_generator(seed, "joint_head"))
+        params[JOINT_WEIGHT] = ((2 * unit - 1) * bound).to(like)
+        params[JOINT_BIAS] = torch.zeros(self.training_classes).to(like)
+        return params
+
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
+        x, y, mask = _joined(batch)
+        keys = task_keys(self.seed, "joint", step, batch.tasks.tolist(), x.device)
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+            outputs = model.outputs({}, model_params(leaves), x, mask, keys)
+            if self.training_classes is not None:
+                if batch.classes is None:
+                    raise InputError("tasks.name: the multi-task baseline needs tasks that number their classes")
+                y = batch.classes.gather(1, y)
+                outputs = torch.nn.functional.linear(outputs, leaves[JOINT_WEIGHT], leaves[JOINT_BIAS])
+            loss = self.losses(outputs, y, mask)
+            found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        gradient = {
+            name: torch.zeros_like(value) if g is None else g
+            for (name, value), g in zip(leaves.items(), found, strict=True)
+        }
+        return OuterGradient(gradient, loss.detach(), self.metrics(outputs.detach(), y, mask))
+
+    def adapt(
+        self,
+        model: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        support_mask: Tensor | None = None,
+        tasks: Tensor | None = None,
+        inner_steps: int | None = None,
+    ) -> Adapted:
+        if self.training_classes is None:
+            return super().adapt(model, params, support_x, support_y, support_mask, tasks, inner_steps)
+        prepared, weights, count = self.prepared(model), model_params(params), len(support_x)
+        ways = int(support_y.max()) + 1
+        names = tuple(weights) if self.fine_tune == "all" else ()
+        shared = {name: value for name, value in weights.items() if name not in names}
+        like = params[JOINT_WEIGHT]
+
+        def start(params: Params) -> Params:
+            body = {name: params[MODEL + name].expand(count, *weights[name].shape) for name in names}
+            head = {HEAD_WEIGHT: like.new_zeros(count, ways, like.shape[1]), HEAD_BIAS: like.new_zeros(count, ways)}
+            return {**body, **{MODEL + name: value for name, value in head.items()}}
+
+        def objective(fast: Params, params: Params, number: int) -> Tensor:
+            outputs = _with_head(prepared, fast, shared, support_x, support_mask, None)
+            return self.losses(outputs, support_y, support_mask)
+
+        def rates(params: Params, number: int) -> Rates:
+            return dict.fromkeys([*names, MODEL + HEAD_WEIGHT, MODEL + HEAD_BIAS], self.inner_rate)
+
+        steps = self.inner_steps if inner_steps is None else inner_steps
+        with explained(prepared, weights, support_x[0]):
+            fast = InnerLoop(steps, start, objective, rates, self.rule()).run(params)
+            body = {name: fast[name] for name in names}
+            statistics = prepared.support_statistics(body, shared, support_x, support_mask)
+        return Adapted(fast, shared, statistics)
+
+    def predict(
+        self,
+        model: nn.Module,
+        adapted: Adapted,
+        query_x: Tensor,
+        query_mask: Tensor | None = None,
+        statistics: Statistics = "support",
+    ) -> Tensor:
+        if self.training_classes is None:
+            return super().predict(model, adapted, query_x, query_mask, statistics)
+        given = adapted.statistics if statistics == "support" else None
+        with torch.no_grad():
+            return _with_head(self.prepared(model), adapted.fast, adapted.shared, query_x, query_mask, given)
+
+
+def _with_head(model: TaskModel, fast: Params, shared: Params, x: Tensor, mask: Tensor | None, given: object) -> Tensor:
+    """[T, B, N]: the embedding of x, and the task's own linear head on it."""
+    body = {name: value for name, value in fast.items() if not name.startswith(MODEL)}
+    embedded = model.outputs(body, shared, x, mask, None, given)  # type: ignore[arg-type]
+    weight, bias = fast[MODEL + HEAD_WEIGHT], fast[MODEL + HEAD_BIAS]
+    return embedded @ weight.transpose(1, 2) + bias[:, None]
+
+
+def _joined(batch: Episodes) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Support and query rows of each task as one set: x [T, S+Q, ...], y, mask."""
+    x = torch.cat([batch.support_x, batch.query_x], 1)
+    y = torch.cat([batch.support_y, batch.query_y], 1)
+    if batch.support_mask is None and batch.query_mask is None:
+        return x, y, None
+    masks = [
+        torch.ones(part.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        for part, mask in ((batch.support_x, batch.support_mask), (batch.query_x, batch.query_mask))
+    ]
+    return x, y, torch.cat(masks, 1)

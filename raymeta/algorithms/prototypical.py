@@ -1,0 +1,103 @@
+"""Prototypical Networks (Snell, Swersky, Zemel 2017, arXiv 1703.05175).
+
+Legend: T tasks, N ways, S support rows, Q query rows, D embedding size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raymeta.algorithms.explain import explained
+from raymeta.algorithms.learner import Adapted, Learner, Statistics
+from raymeta.algorithms.outer_gradients import OuterGradient
+from raymeta.algorithms.task_model import TaskModel
+from raymeta.episodes import Episodes
+from raymeta.ops.draws import task_keys
+from raymeta.params import Params, model_params
+
+PROTOTYPES = "prototypes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypicalNetworks(Learner):
+    """A class's prototype is the mean of its support embeddings (equation 1); a query's class scores are minus the
+    squared Euclidean distances to the prototypes (equation 2). Adaptation takes no gradient step.
+
+    Departs from the paper: the queries' batch statistics are those of the queries (or of the support set), never
+    running means. Any number of ways at test.
+    """
+
+    needs_head = False
+
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
+        device, numbers = batch.support_x.device, batch.tasks.tolist()
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+            weights = model_params(leaves)
+            support_keys = task_keys(self.seed, "support", step, numbers, device)
+            query_keys = task_keys(self.seed, "query", step, numbers, device)
+            support = model.outputs({}, weights, batch.support_x, batch.support_mask, support_keys)
+            centres = prototypes(support, batch.support_y, batch.support_mask)
+            query = model.outputs({}, weights, batch.query_x, batch.query_mask, query_keys)
+            scores = minus_squared_distances(query, centres)
+            loss = self.losses(scores, batch.query_y, batch.query_mask)
+            found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        gradient = {
+            name: torch.zeros_like(value) if g is None else g
+            for (name, value), g in zip(leaves.items(), found, strict=True)
+        }
+        metric = self.metrics(scores.detach(), batch.query_y, batch.query_mask)
+        return OuterGradient(gradient, loss.detach(), metric)
+
+    def adapt(
+        self,
+        model: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        support_mask: Tensor | None = None,
+        tasks: Tensor | None = None,
+        inner_steps: int | None = None,
+    ) -> Adapted:
+        prepared, weights = self.prepared(model), model_params(params)
+        with torch.no_grad(), explained(prepared, weights, support_x[0]):
+            embedded = prepared.outputs({}, weights, support_x, support_mask)
+            statistics = prepared.support_statistics({}, weights, support_x, support_mask)
+        return Adapted({PROTOTYPES: prototypes(embedded, support_y, support_mask)}, weights, statistics)
+
+    def predict(
+        self,
+        model: nn.Module,
+        adapted: Adapted,
+        query_x: Tensor,
+        query_mask: Tensor | None = None,
+        statistics: Statistics = "support",
+    ) -> Tensor:
+        given = adapted.statistics if statistics == "support" else None
+        with torch.no_grad():
+            embedded = self.prepared(model).outputs({}, adapted.shared, query_x, query_mask, None, given)
+        return minus_squared_distances(embedded, adapted.fast[PROTOTYPES])
+
+
+def prototypes(embedded: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """[T, N, D] the mean embedding of each class, from embedded [T, S, D] and labels [T, S].
+
+    N is the largest label of the batch plus one. A class without a counted row gets infinity: no query is near it.
+    """
+    ways = int(labels.max()) + 1
+    member = torch.nn.functional.one_hot(labels, ways).to(embedded.dtype)
+    if mask is not None:
+        member = member * mask[:, :, None]
+        embedded = torch.where(mask[:, :, None], embedded, torch.zeros_like(embedded))
+    counts = member.sum(1)[:, :, None]
+    sums = member.transpose(1, 2) @ embedded
+    return torch.where(counts > 0, sums / counts.clamp(min=1), torch.full_like(sums, torch.inf))
+
+
+def minus_squared_distances(query: Tensor, centres: Tensor) -> Tensor:
+    """[T, Q, N] from query [T, Q, D] and centres [T, N, D]: differences first, which keeps the digits that
+    |q|^2 - 2 q.c + |c|^2 would lose."""
+    return -(query[:, :, None] - centres[:, None]).square().sum(-1)

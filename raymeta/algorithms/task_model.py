@@ -1,0 +1,175 @@
+"""A user's module, prepared to be called for many tasks at once.
+
+The module is copied, its batch norms get stated statistics (`raymeta.ops.batch_norm`), and it is then called
+functionally, with the parameters as arguments and a leading task dimension on parameters and inputs:
+`torch.func.vmap` over `torch.func.functional_call`, or one task after the other (`batching="loop"`) for modules that
+vmap cannot map. The user's module is never changed.
+
+Legend: T tasks, B rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from raymeta.ops.batch_norm import LayerStatistics, StatedBatchNorm, StatisticsSwitch, state_batch_norms
+from raymeta.ops.draws import KeyedDropout
+from raymeta.params import Params
+
+Batching = Literal["vmap", "loop"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class TaskModel:
+    """A prepared copy of `module`.
+
+    Parameters come in two dicts under the module's own names: `fast` with a leading T (one set per task), and
+    `shared` without. A parameter in neither (one that does not require a gradient) is the module's own.
+    """
+
+    def __init__(self, module: nn.Module, batching: Batching = "vmap", precision: Precision = "float32") -> None:
+        self.switch = StatisticsSwitch()
+        self.module = state_batch_norms(copy.deepcopy(module), self.switch)
+        self.batching, self.precision = batching, precision
+        self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
+        self.recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+
+    def outputs(
+        self,
+        fast: Params,
+        shared: Params,
+        x: Tensor,
+        mask: Tensor | None = None,
+        keys: Tensor | None = None,
+        statistics: LayerStatistics | None = None,
+    ) -> Tensor:
+        """[T, B, ...] what the module puts out for x [T, B, ...].
+
+        Args:
+            mask: [T, B] bool, the rows that count in batch statistics; None: all.
+            keys: [T] int64, the tasks' keys for dropout; None: the module runs without dropout (`eval()`).
+            statistics: of an earlier `support_statistics`, with leading T; None: those of the batch at hand.
+        """
+
+        def one_task(fast: Params, x: Tensor, mask: Tensor | None, key: Tensor | None, given: Any) -> Tensor:
+            with self.switch.set(mask=mask, given=given), self._randomness(key):
+                return self._call({**shared, **fast}, x)
+
+        return self.over_tasks(one_task, fast, x, mask, keys, statistics)
+
+    def support_statistics(
+        self, fast: Params, shared: Params, support_x: Tensor, mask: Tensor | None = None
+    ) -> LayerStatistics:
+        """For each batch norm: mean [T, C] and biased variance [T, C] of each of its calls on the support set.
+
+        Empty for a module without batch norms.
+        """
+        if not self.has_batch_norm:
+            return {}
+
+        def one_task(fast: Params, x: Tensor, mask: Tensor | None) -> LayerStatistics:
+            recorded: LayerStatistics = {}
+            with self.switch.set(mask=mask, recorded=recorded), self._randomness(None):
+                self._call({**shared, **fast}, x)
+            return recorded
+
+        with torch.no_grad():
+            return self.over_tasks(one_task, fast, support_x, mask)
+
+    def over_tasks(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function` of one task, mapped over the leading dimension of every tensor in `arguments` (nested dicts and
+        lists; None stays None)."""
+        with exact_kernels(self.recurrent):
+            if self.batching == "vmap" and any(isinstance(a, Tensor) or a for a in arguments):
+                in_dims = tuple(None if argument is None or argument == {} else 0 for argument in arguments)
+                return vmap(function, in_dims=in_dims, randomness="error")(*arguments)
+            tasks = next(len(leaf) for leaf in _leaves(arguments))
+            results = [function(*_row(arguments, task)) for task in range(tasks)]
+            return _stack(results)
+
+    def _call(self, params: Params, x: Tensor) -> Tensor:
+        if self.precision == "float32":
+            return functional_call(self.module, params, (x,))
+        # The cache of cast weights would keep a weight of one task or inner step for the next.
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, cache_enabled=False):
+            return functional_call(self.module, params, (x,)).float()
+
+    @contextlib.contextmanager
+    def _randomness(self, key: Tensor | None) -> Iterator[None]:
+        self.module.train(key is not None)
+        with KeyedDropout(key) if key is not None else contextlib.nullcontext():
+            yield
+
+
+_prepared: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], TaskModel]] = weakref.WeakKeyDictionary()
+
+
+def task_model(module: nn.Module, batching: Batching = "vmap", precision: Precision = "float32") -> TaskModel:
+    """The prepared copy of `module`, made once for each module and mode.
+
+    The copy's structure, buffers and frozen parameters are those at the first call; the learned parameters come with
+    each call. A module that moved to another device is prepared anew.
+    """
+    known = _prepared.setdefault(module, {})
+    device = next((str(value.device) for value in module.parameters()), "cpu")
+    dtype = next((str(value.dtype) for value in module.parameters()), "")
+    key = (f"{batching} {device} {dtype}", precision)
+    if key not in known:
+        known[key] = TaskModel(module, batching, precision)
+    return known[key]
+
+
+@contextlib.contextmanager
+def exact_kernels(recurrent: bool) -> Iterator[None]:
+    """Only kernels that have a double backward: attention as plain matrix products, no fused encoder layers, and no
+    cuDNN for recurrent networks."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            torch.backends.cudnn.flags(enabled=False, deterministic=True, benchmark=False)
+            if recurrent
+            else contextlib.nullcontext(),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _leaves(entry)
+    elif isinstance(value, Sequence):
+        for entry in value:
+            yield from _leaves(entry)
+
+
+def _row(value: Any, task: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[task]
+    if isinstance(value, dict):
+        return {name: _row(entry, task) for name, entry in value.items()}
+    if isinstance(value, Sequence):
+        return type(value)(_row(entry, task) for entry in value)  # type: ignore[call-arg]
+    return value
+
+
+def _stack(results: list[Any]) -> Any:
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.stack(results)
+    if isinstance(first, dict):
+        return {name: _stack([result[name] for result in results]) for name in first}
+    return type(first)(_stack([result[i] for result in results]) for i in range(len(first)))
