@@ -79,6 +79,7 @@ def build_omniglot(npz: Path, splits_folder: Path, licence: Path, out: Path) -> 
         notes=NOTES,
         licence=Path(licence).read_text(),
         source=SOURCE,
+        inverted=True,
     )
 
 

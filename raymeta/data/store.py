@@ -46,6 +46,8 @@ class StoreInfo:
         notes: what each scheme is, in words.
         licence: licence and credit of the data, in full.
         source: where the examples come from.
+        inverted: whether images were inverted on import (255 - value: dark ink on white paper).
+        features: the names of the columns that the features came from; empty for images.
         rows_sha256: SHA-256 of the bytes of all x in row order, then of all class numbers (int32, little endian).
     """
 
@@ -58,6 +60,8 @@ class StoreInfo:
     notes: Mapping[str, str]
     licence: str
     source: str
+    inverted: bool
+    features: tuple[str, ...]
     rows_sha256: str
 
     def to_json(self) -> str:
@@ -72,7 +76,7 @@ class StoreInfo:
             scheme: {split: tuple(numbers) for split, numbers in parts.items()}
             for scheme, parts in values["splits"].items()
         }
-        for name in ("shape", "class_names", "class_sizes"):
+        for name in ("shape", "class_names", "class_sizes", "features"):
             values[name] = tuple(values[name])
         return cls(**{**values, "splits": splits})
 

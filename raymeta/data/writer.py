@@ -32,6 +32,8 @@ def write_store(
     notes: Mapping[str, str] | None = None,
     licence: str = "",
     source: str = "",
+    inverted: bool = False,
+    features: Sequence[str] = (),
     batch_rows: int | None = None,
 ) -> Store:
     """Write the store `path` and open it.
@@ -43,18 +45,20 @@ def write_store(
         notes: what each scheme is, in words.
         licence: licence and credit, kept in the file.
         source: where the examples come from.
+        inverted: whether images were inverted on import.
+        features: the columns that the features came from.
         batch_rows: rows in a record batch; by default as many as fit 64 MiB.
 
     The classes are numbered in the order of their sorted names; rows of a class keep the order they came in.
 
     Raises:
-        InputError: no rows, another shape or dtype in a later part, NaN or infinity (naming the row), a class in
-            two splits, a split that names a class that is not there.
+        InputError: no rows, fewer than two classes, another shape or dtype in a later part, NaN or infinity (naming
+            the row), a class in two splits, a split that names a class that is not there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        spool, labels, names = _spool(Path(folder) / "rows", parts)
+        spool, labels, names = _spool(Path(folder) / "rows", parts, source or path.name)
         order = np.argsort(labels, kind="stable")
         labels = labels[order].astype(np.int32)
         if batch_rows is None:
@@ -74,6 +78,8 @@ def write_store(
             notes=dict(notes or {}),
             licence=licence,
             source=source,
+            inverted=inverted,
+            features=tuple(features),
             rows_sha256=rows_sha256(batches()),
         )
         made, schema = Path(folder) / "store", schema_of(info)
@@ -132,8 +138,13 @@ def split_sizes(count: int, shares: np.ndarray) -> list[int]:
     return sizes
 
 
-def _spool(path: Path, parts: Iterable[tuple[np.ndarray, Sequence[str]]]) -> tuple[np.ndarray, np.ndarray, tuple]:
-    """The rows as they come, mapped from the file `path`; the class number of each row; the sorted class names."""
+def _spool(
+    path: Path, parts: Iterable[tuple[np.ndarray, Sequence[str]]], source: str
+) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """The rows as they come, mapped from the file `path`; the class number of each row; the sorted class names.
+
+    `source` names the examples in messages; rows are counted from 0.
+    """
     shape: tuple[int, ...] | None = None
     dtype = np.dtype("uint8")
     first_seen: dict[str, int] = {}
@@ -146,23 +157,27 @@ def _spool(path: Path, parts: Iterable[tuple[np.ndarray, Sequence[str]]]) -> tup
                 shape, dtype = x.shape[1:], x.dtype
                 if dtype.name not in DTYPES or not shape or 0 in shape:
                     raise InputError(
-                        f"rows of type {dtype} and shape {shape}; expected {' or '.join(DTYPES)}, at least one number "
+                        f"{source}: rows of type {dtype} and shape {shape}; expected {' or '.join(DTYPES)}, at least one number "
                         "in each row."
                     )
             if x.shape[1:] != shape or x.dtype != dtype:
                 raise InputError(
-                    f"row {count} has shape {x.shape[1:]} and type {x.dtype}; the rows before it {shape} and {dtype}."
+                    f"{source}: row {count} has shape {x.shape[1:]} and type {x.dtype}; the rows before it {shape} and {dtype}."
                 )
             if dtype.kind == "f":
                 finite = np.isfinite(x).reshape(len(x), -1).all(1)
                 if not finite.all():
-                    raise InputError(f"row {count + int(np.argmin(finite))} holds NaN or infinity.")
+                    raise InputError(f"{source}: row {count + int(np.argmin(finite))} holds NaN or infinity.")
             file.write(np.ascontiguousarray(x).data)
             labels.append(np.array([first_seen.setdefault(name, len(first_seen)) for name in part_labels], np.int64))
             count += len(x)
     if shape is None or not count:
-        raise InputError("there are no examples to make a store of.")
+        raise InputError(f"{source}: there are no examples to make a store of.")
     names = tuple(sorted(first_seen))
+    if len(names) < 2:
+        raise InputError(
+            f"{source}: all {count} examples are of one class, {names[0]!r}; expected two classes or more."
+        )
     rank = np.empty(len(names), np.int64)
     rank[[first_seen[name] for name in names]] = np.arange(len(names))
     return np.memmap(path, dtype=dtype, mode="r", shape=(count, *shape)), rank[np.concatenate(labels)], names

@@ -1,0 +1,282 @@
+"""Making a store from what a user has: the original Omniglot, a folder of class folders of images, a table.
+
+Each importer writes the store and returns a `StoreSummary`; what it cannot use it refuses, naming file, row and column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from raymeta.data import tables
+from raymeta.data.images import ImageReader, SourceFile, list_files
+from raymeta.data.omniglot import NOTES, SOURCE, open_omniglot
+from raymeta.data.store import SPLITS
+from raymeta.data.summary import StoreSummary, describe
+from raymeta.data.writer import NamedSchemes, random_splits, write_store
+from raymeta.errors import InputError, nearest
+
+FRACTIONS = (0.6, 0.2, 0.2)
+# What a split may be called in a user's folders and columns.
+SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+IMAGES_IN_A_PART = 256
+
+
+def import_omniglot(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    size: int = 28,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+) -> StoreSummary:
+    """A store from the original Omniglot: folders or .zip files with ALPHABET/characterNN/*.png somewhere below.
+
+    Args:
+        paths: such as images_background.zip and images_evaluation.zip.
+        out: the store to make.
+        size: height and width; 105 pixels are box-averaged down to it, ink = 255.
+        fractions, seed: of the random split by class.
+
+    Where every class is one of the 1,623 of the release, the store has the splits "vinyals" and "lake" (those of
+    their classes that are there) before "random"; with other classes "random" only.
+
+    Raises:
+        InputError: no such images, an image that cannot be read.
+    """
+    files: list[tuple[SourceFile, str]] = []
+    for path in map(Path, paths):
+        here = [
+            (file, "/".join(file.parts[-3:-1]))
+            for file in list_files(path)
+            if len(file.parts) >= 3 and file.parts[-2].startswith("character") and file.is_image
+        ]
+        if not here:
+            raise InputError(f"{path} has no ALPHABET/characterNN/*.png below it, so it is not the original Omniglot.")
+        files += here
+    embedded = open_omniglot()
+
+    def schemes(names: tuple[str, ...]) -> NamedSchemes:
+        made = dict(random_splits(fractions, seed)(names))
+        if not set(names) <= set(embedded.class_names):
+            return made
+        known = {
+            scheme: {
+                split: [
+                    embedded.class_names[number] for number in numbers if embedded.class_names[number] in set(names)
+                ]
+                for split, numbers in embedded.splits(scheme).items()
+            }
+            for scheme in embedded.schemes
+        }
+        return {**known, **made}
+
+    with ImageReader((size, size), "grayscale", invert=True) as reader:
+        store = write_store(
+            out,
+            _image_parts(files, reader),
+            schemes,
+            notes={**NOTES, "random": _random_note(seed)},
+            licence=embedded.info.licence,
+            source=SOURCE.replace("28 pixels", f"{size} pixels"),
+            inverted=True,
+        )
+    return describe(store)
+
+
+def import_images(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    color: str = "rgb",
+    invert: bool = False,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+    licence: str = "",
+) -> StoreSummary:
+    """A store from a folder (or .zip) of class folders of images, of any type that Pillow reads.
+
+    Args:
+        folder: the class of an image is the folder that it lies in, by its path below `folder` ("dogs/poodle"). Where
+            the topmost folders are named train, validation (or val, valid) and test, at least two of them, these are
+            the split "given" and no part of the class names.
+        out: the store to make.
+        size: resize to (height, width), or to a square; None: all images must have one size already.
+        color: "rgb" or "grayscale".
+        invert: 255 - value, for dark ink on white paper.
+        fractions, seed: of the random split by class; not used where the split is given.
+        licence: kept in the store.
+
+    Files beside the class folders that are no images are left out; in a class folder they are refused.
+
+    Raises:
+        InputError: naming the file: an image that cannot be read, or has another size, a file that is no image, a
+            class in two splits.
+    """
+    folder = Path(folder)
+    files = list_files(folder)
+    loose = [file for file in files if len(file.parts) == 1 and file.is_image]
+    files = [file for file in files if len(file.parts) > 1]
+    if loose:
+        raise InputError(f"{loose[0]} lies in no class folder; expected {folder}/CLASS/IMAGE.")
+    if not files:
+        raise InputError(f"{folder} has no class folders with images; expected {folder}/CLASS/IMAGE.")
+    foreign = next((file for file in files if not file.is_image), None)
+    if foreign is not None:
+        raise InputError(f"{foreign} is no image of a type that can be read. Take it out of the class folders.")
+    tops = {file.parts[0] for file in files}
+    if len(tops) > 1 and tops <= set(SPLIT_NAMES) and all(len(file.parts) > 2 for file in files):
+        labelled = [(file, "/".join(file.parts[1:-1])) for file in files]
+        given = _GivenSplit()
+        for file, name in labelled:
+            given.add(name, file.parts[0], str(file))
+        schemes: Callable[[tuple[str, ...]], NamedSchemes] = given.schemes
+        notes = {"given": "the folders train, validation and test of the import"}
+    else:
+        labelled = [(file, "/".join(file.parts[:-1])) for file in files]
+        schemes, notes = random_splits(fractions, seed), {"random": _random_note(seed)}
+    sizes = (size, size) if isinstance(size, int) else size
+    with ImageReader(sizes, color, invert) as reader:
+        store = write_store(
+            out,
+            _image_parts(labelled, reader),
+            schemes,
+            notes=notes,
+            licence=licence,
+            source=f"images of {folder.name}",
+            inverted=invert,
+        )
+    return describe(store)
+
+
+def import_table(
+    path: str | Path,
+    out: str | Path,
+    *,
+    label: str = "label",
+    features: Sequence[str] | None = None,
+    split_column: str | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+    licence: str = "",
+) -> StoreSummary:
+    """A store from a Parquet, CSV/TSV or Arrow table, a row for each example.
+
+    Args:
+        path: the table.
+        out: the store to make.
+        label: the column that names the class.
+        features: the columns of the features, all numbers, or one column of tensors (fixed-shape tensors, or lists of
+            one length); None: every other column. uint8 tensors [C, H, W] (or [H, W]) become images, everything else
+            float32.
+        split_column: the column that names the split of a row's class (train, validation or test); None: random.
+        fractions, seed: of the random split by class.
+        licence: kept in the store.
+
+    Raises:
+        InputError: naming file, row (from 1) and column: what cannot be read, a column that is not there, an empty
+            label, NaN, infinity, rows of several lengths, a class in two splits, fewer than two classes.
+    """
+    path = Path(path)
+    schema = tables.table_schema(path)
+    tables.require_column(path, schema, label, "the class (label=...)")
+    if split_column is not None:
+        tables.require_column(path, schema, split_column, "the split (split_column=...)")
+    words = [label] if split_column is None else [label, split_column]
+    names = tables.feature_columns(path, schema, features, words)
+    given = _GivenSplit()
+
+    def read() -> Iterator[tuple[np.ndarray, list[str]]]:
+        shape: tuple[int, ...] | None = None
+        for first_row, batch in tables.parts(path, schema, [*words, *names], words):
+            if not len(batch):
+                continue
+            labels = tables.to_text(path, batch, label, first_row)
+            if split_column is not None:
+                for row, (name, split) in enumerate(
+                    zip(labels, tables.to_text(path, batch, split_column, first_row), strict=True)
+                ):
+                    given.add(name, split, f"{path}, row {first_row + row}, column {split_column!r}")
+            x = tables.to_numbers(path, batch, names, first_row, shape)
+            shape = x.shape[1:]
+            yield _as_rows(path, names[0], x), labels
+
+    if split_column is None:
+        schemes, notes = random_splits(fractions, seed), {"random": _random_note(seed)}
+    else:
+        schemes, notes = given.schemes, {"given": f"the column {split_column!r} of the import"}
+    store = write_store(
+        out, _named(path, read()), schemes, notes=notes, licence=licence, source=f"table {path.name}", features=names
+    )
+    return describe(store)
+
+
+class _GivenSplit:
+    """Collects the split that each class is given, example by example."""
+
+    def __init__(self) -> None:
+        self._split_of: dict[str, str] = {}
+
+    def add(self, name: str, split: str, where: str) -> None:
+        if split not in SPLIT_NAMES:
+            raise InputError(f"{where}: there is no split {split!r}; {nearest(split, SPLIT_NAMES)}")
+        wanted = SPLIT_NAMES[split]
+        if self._split_of.setdefault(name, wanted) != wanted:
+            raise InputError(
+                f"{where}: class {name!r} is in {wanted!r} here, and in {self._split_of[name]!r} before; the classes "
+                "of train, validation and test must be disjoint."
+            )
+
+    def schemes(self, names: tuple[str, ...]) -> NamedSchemes:
+        return {"given": {split: [name for name in names if self._split_of[name] == split] for split in SPLITS}}
+
+
+def _image_parts(
+    files: Sequence[tuple[SourceFile, str]], reader: ImageReader
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    shape: tuple[int, ...] | None = None
+    for start in range(0, len(files), IMAGES_IN_A_PART):
+        images = []
+        for file, _ in files[start : start + IMAGES_IN_A_PART]:
+            image = reader.read(file)
+            shape = image.shape if shape is None else shape
+            if image.shape != shape:
+                height, width = image.shape[1:]
+                raise InputError(
+                    f"{file} is {height} pixels high and {width} wide, {files[0][0]} {shape[1]} and {shape[2]}. "
+                    "Give a size to resize them to."
+                )
+            images.append(image)
+        yield np.stack(images), [name for _, name in files[start : start + IMAGES_IN_A_PART]]
+
+
+def _as_rows(path: Path, column: str, x: np.ndarray) -> np.ndarray:
+    """uint8 tensors as images [rows, C, H, W]; anything else as float32."""
+    if x.dtype != np.uint8:
+        return x
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim != 4:
+        return x.astype(np.float32)
+    if x.shape[1] > 4 and x.shape[3] <= 4:
+        raise InputError(
+            f"{path}, column {column!r}: tensors of shape {x.shape[1:]} look like [H, W, C]; expected [C, H, W]."
+        )
+    return x
+
+
+def _named(path: Path, parts: Iterable[tuple[np.ndarray, list[str]]]) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """The same parts; a table without a row is refused by its name."""
+    empty = True
+    for part in parts:
+        empty = False
+        yield part
+    if empty:
+        raise InputError(f"{path} has no rows.")
+
+
+def _random_note(seed: int) -> str:
+    return f"classes drawn at random, seed {seed}"
