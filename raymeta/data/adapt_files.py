@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from raymeta.data import tables
-from raymeta.data.images import ImageReader, SourceFile, list_files
+from raymeta.data.images import ImageReader, SourceFile, class_folders, list_files
 from raymeta.errors import InputError
 
 
@@ -209,7 +209,7 @@ def _image_rows(files: list[SourceFile], input_shape: tuple[int, ...], pixels: b
     nested = all(len(file.parts) > 1 for file in files)
     return Rows(
         x=x.astype(np.float32) / np.float32(255),
-        labels=tuple("/".join(file.parts[:-1]) for file in files) if nested else None,
+        labels=tuple(map("/".join, class_folders(files))) if nested else None,
         targets=None,
         names=tuple("/".join(file.parts) for file in files),
         features=(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,18 @@ def list_files(root: Path) -> list[SourceFile]:
     else:
         raise InputError(f"{root} is no folder and no .zip.")
     return [SourceFile(root, parts) for parts in sorted(found) if not any(_is_clutter(part) for part in parts)]
+
+
+def class_folders(files: Sequence[SourceFile]) -> list[tuple[str, ...]]:
+    """The folder of each file as its parts; without those that all files of a .zip share, but for the last one."""
+    folders = [file.parts[:-1] for file in files]
+    while files[0].root.is_file() and len({folder[0] for folder in folders}) == 1 and all(map(_is_deep, folders)):
+        folders = [folder[1:] for folder in folders]
+    return folders
+
+
+def _is_deep(folder: tuple[str, ...]) -> bool:
+    return len(folder) > 1
 
 
 def _is_clutter(name: str) -> bool:

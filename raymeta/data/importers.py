@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from raymeta.data import tables
-from raymeta.data.images import ImageReader, SourceFile, list_files
+from raymeta.data.images import ImageReader, SourceFile, class_folders, list_files
 from raymeta.data.omniglot import NOTES, SOURCE, open_omniglot
-from raymeta.data.store import SPLITS
+from raymeta.data.splits import SPLIT_NAMES, GivenSplit, NamedSchemes, random_splits
 from raymeta.data.summary import StoreSummary, describe
-from raymeta.data.writer import NamedSchemes, random_splits, write_store
-from raymeta.errors import InputError, nearest
+from raymeta.data.writer import write_store
+from raymeta.errors import InputError
 
 FRACTIONS = (0.6, 0.2, 0.2)
-# What a split may be called in a user's folders and columns.
-SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 IMAGES_IN_A_PART = 256
 
 
@@ -41,7 +39,8 @@ def import_omniglot(
         fractions, seed: of the random split by class.
 
     Where every class is one of the 1,623 of the release, the store has the splits "vinyals" and "lake" (those of
-    their classes that are there) before "random"; with other classes "random" only.
+    their classes that are there) before "random", or after it where a split of "vinyals" has no class; with other
+    classes "random" only.
 
     Raises:
         InputError: no such images, an image that cannot be read.
@@ -71,7 +70,8 @@ def import_omniglot(
             }
             for scheme in embedded.schemes
         }
-        return {**known, **made}
+        whole = all(known["vinyals"].values())
+        return {**known, **made} if whole else {**made, **known}
 
     with ImageReader((size, size), "grayscale", invert=True) as reader:
         store = write_store(
@@ -87,7 +87,7 @@ def import_omniglot(
 
 
 def import_images(
-    folder: str | Path,
+    path: str | Path,
     out: str | Path,
     *,
     size: int | tuple[int, int] | None = None,
@@ -100,7 +100,8 @@ def import_images(
     """A store from a folder (or .zip) of class folders of images, of any type that Pillow reads.
 
     Args:
-        folder: the class of an image is the folder that it lies in, by its path below `folder` ("dogs/poodle"). Where
+        path: the class of an image is the folder that it lies in, by its place below `path` ("dogs/poodle"; a folder
+            that holds all of a .zip does not count). Where
             the topmost folders are named train, validation (or val, valid) and test, at least two of them, these are
             the split "given" and no part of the class names.
         out: the store to make.
@@ -116,27 +117,28 @@ def import_images(
         InputError: naming the file: an image that cannot be read, or has another size, a file that is no image, a
             class in two splits.
     """
-    folder = Path(folder)
-    files = list_files(folder)
+    path = Path(path)
+    files = list_files(path)
     loose = [file for file in files if len(file.parts) == 1 and file.is_image]
     files = [file for file in files if len(file.parts) > 1]
     if loose:
-        raise InputError(f"{loose[0]} lies in no class folder; expected {folder}/CLASS/IMAGE.")
+        raise InputError(f"{loose[0]} lies in no class folder; expected {path}/CLASS/IMAGE.")
     if not files:
-        raise InputError(f"{folder} has no class folders with images; expected {folder}/CLASS/IMAGE.")
+        raise InputError(f"{path} has no class folders with images; expected {path}/CLASS/IMAGE.")
     foreign = next((file for file in files if not file.is_image), None)
     if foreign is not None:
         raise InputError(f"{foreign} is no image of a type that can be read. Take it out of the class folders.")
-    tops = {file.parts[0] for file in files}
-    if len(tops) > 1 and tops <= set(SPLIT_NAMES) and all(len(file.parts) > 2 for file in files):
-        labelled = [(file, "/".join(file.parts[1:-1])) for file in files]
-        given = _GivenSplit()
-        for file, name in labelled:
-            given.add(name, file.parts[0], str(file))
+    folders = class_folders(files)
+    tops = {folder[0] for folder in folders}
+    if len(tops) > 1 and tops <= set(SPLIT_NAMES) and all(len(folder) > 1 for folder in folders):
+        labelled = [(file, "/".join(folder[1:])) for file, folder in zip(files, folders, strict=True)]
+        given = GivenSplit()
+        for (file, name), folder in zip(labelled, folders, strict=True):
+            given.add(name, folder[0], str(file))
         schemes: Callable[[tuple[str, ...]], NamedSchemes] = given.schemes
         notes = {"given": "the folders train, validation and test of the import"}
     else:
-        labelled = [(file, "/".join(file.parts[:-1])) for file in files]
+        labelled = [(file, "/".join(folder)) for file, folder in zip(files, folders, strict=True)]
         schemes, notes = random_splits(fractions, seed), {"random": _random_note(seed)}
     sizes = (size, size) if isinstance(size, int) else size
     with ImageReader(sizes, color, invert) as reader:
@@ -146,7 +148,7 @@ def import_images(
             schemes,
             notes=notes,
             licence=licence,
-            source=f"images of {folder.name}",
+            source=f"images of {path.name}",
             inverted=invert,
         )
     return describe(store)
@@ -187,7 +189,7 @@ def import_table(
         tables.require_column(path, schema, split_column, "the split (split_column=...)")
     words = [label] if split_column is None else [label, split_column]
     names = tables.feature_columns(path, schema, features, words)
-    given = _GivenSplit()
+    given = GivenSplit()
 
     def read() -> Iterator[tuple[np.ndarray, list[str]]]:
         shape: tuple[int, ...] | None = None
@@ -212,26 +214,6 @@ def import_table(
         out, _named(path, read()), schemes, notes=notes, licence=licence, source=f"table {path.name}", features=names
     )
     return describe(store)
-
-
-class _GivenSplit:
-    """Collects the split that each class is given, example by example."""
-
-    def __init__(self) -> None:
-        self._split_of: dict[str, str] = {}
-
-    def add(self, name: str, split: str, where: str) -> None:
-        if split not in SPLIT_NAMES:
-            raise InputError(f"{where}: there is no split {split!r}; {nearest(split, SPLIT_NAMES)}")
-        wanted = SPLIT_NAMES[split]
-        if self._split_of.setdefault(name, wanted) != wanted:
-            raise InputError(
-                f"{where}: class {name!r} is in {wanted!r} here, and in {self._split_of[name]!r} before; the classes "
-                "of train, validation and test must be disjoint."
-            )
-
-    def schemes(self, names: tuple[str, ...]) -> NamedSchemes:
-        return {"given": {split: [name for name in names if self._split_of[name] == split] for split in SPLITS}}
 
 
 def _image_parts(

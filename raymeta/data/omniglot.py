@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from raymeta.data.splits import NamedSchemes
 from raymeta.data.store import Store
-from raymeta.data.writer import NamedSchemes, write_store
+from raymeta.data.writer import write_store
 
 FOLDER = Path(__file__).parent / "embedded" / "omniglot"
 PATH = FOLDER / "omniglot28.arrow"

@@ -14,14 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from raymeta.data.splits import NamedSchemes
 from raymeta.data.store import DTYPES, FORMAT_VERSION, SPLITS, Store, StoreInfo, rows_sha256, schema_of
 from raymeta.errors import InputError, nearest
-from raymeta.seeding import generator
 
 BATCH_BYTES = 64 * 2**20
-
-# For each scheme, the names of the classes of each split.
-NamedSchemes = Mapping[str, Mapping[str, Sequence[str]]]
 
 
 def write_store(
@@ -94,50 +91,6 @@ def write_store(
     return Store.open(path)
 
 
-def random_splits(fractions: Sequence[float], seed: int) -> Callable[[tuple[str, ...]], NamedSchemes]:
-    """The scheme "random": the classes shuffled by `seed` and cut in the proportions of train, validation and test.
-
-    Each fraction above 0 gets at least one class. The function that is returned raises InputError where there are
-    fewer classes than that.
-    """
-    shares = np.asarray(fractions, dtype=np.float64)
-    if shares.shape != (3,) or not (shares >= 0).all() or abs(shares.sum() - 1) > 1e-6:
-        raise InputError(
-            f"split fractions {tuple(fractions)}; expected three numbers from 0 to 1 for train, validation and test "
-            "that add up to 1."
-        )
-
-    def schemes(names: tuple[str, ...]) -> NamedSchemes:
-        sizes = split_sizes(len(names), shares)
-        order = [names[number] for number in generator(seed, "random_splits").permutation(len(names))]
-        ends = np.cumsum(sizes)
-        return {
-            "random": {split: order[end - size : end] for split, size, end in zip(SPLITS, sizes, ends, strict=True)}
-        }
-
-    return schemes
-
-
-def split_sizes(count: int, shares: np.ndarray) -> list[int]:
-    """`count` things cut by `shares` (that add up to 1) into whole numbers; a share above 0 gets at least 1.
-
-    Raises:
-        InputError: fewer things than shares above 0.
-    """
-    used = int((shares > 0).sum())
-    if count < used:
-        raise InputError(
-            f"there are {count} classes, but the split needs {used}, one for each of train, validation and test at "
-            "least. Give more classes, or a fraction of 0 to the splits that you do not need."
-        )
-    sizes = [max(int(share > 0), round(share * count)) for share in shares]
-    while sum(sizes) != count:
-        # Rounding left one or two over or short: the largest split takes that.
-        largest = int(np.argmax(sizes))
-        sizes[largest] += 1 if sum(sizes) < count else -1
-    return sizes
-
-
 def _spool(
     path: Path, parts: Iterable[tuple[np.ndarray, Sequence[str]]], source: str
 ) -> tuple[np.ndarray, np.ndarray, tuple]:
@@ -157,12 +110,13 @@ def _spool(
                 shape, dtype = x.shape[1:], x.dtype
                 if dtype.name not in DTYPES or not shape or 0 in shape:
                     raise InputError(
-                        f"{source}: rows of type {dtype} and shape {shape}; expected {' or '.join(DTYPES)}, at least one number "
-                        "in each row."
+                        f"{source}: rows of type {dtype} and shape {shape}; expected {' or '.join(DTYPES)}, at least "
+                        "one number in each row."
                     )
             if x.shape[1:] != shape or x.dtype != dtype:
                 raise InputError(
-                    f"{source}: row {count} has shape {x.shape[1:]} and type {x.dtype}; the rows before it {shape} and {dtype}."
+                    f"{source}: row {count} has shape {x.shape[1:]} and type {x.dtype}; the rows before it {shape} and "
+                    f"{dtype}."
                 )
             if dtype.kind == "f":
                 finite = np.isfinite(x).reshape(len(x), -1).all(1)

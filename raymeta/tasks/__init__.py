@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from raymeta.tasks.class_episodes import ClassEpisodes, Omniglot
+from raymeta.tasks.linear import LinearRegression
+from raymeta.tasks.logistic import LogisticRegression
+from raymeta.tasks.regression_table import RegressionTable
 from raymeta.tasks.sinusoid import Sinusoid
 
 TASK_SOURCES: dict[str, type] = {
     "omniglot": Omniglot,
     "class_episodes": ClassEpisodes,
     "sinusoid": Sinusoid,
+    "linear_regression": LinearRegression,
+    "logistic": LogisticRegression,
+    "regression_table": RegressionTable,
 }

@@ -51,7 +51,9 @@ class Sinusoid:
         require_at_least("queries", self.queries, 1)
 
     def check(self, splits: Sequence[str] = SPLITS) -> None:
-        """Nothing to find: the tasks need no data."""
+        """The tasks need no data: nothing can be missing. Raises InputError for a split that there is not."""
+        for split in splits:
+            checked_indices(split, (0,))
 
     def true_parameters(self, split: str, indices: Sequence[int]) -> np.ndarray:
         """[T, 2] float64: amplitude and phase of each task."""
