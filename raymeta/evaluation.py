@@ -1,0 +1,126 @@
+"""Evaluation: adapt to tasks of a split, predict their queries, report the mean over tasks with its interval.
+
+Every number says which split, how many tasks, how many inner steps, and whose batch statistics: "batch" (the queries
+seen together, transductive, as in the papers) or "support" (each query alone, inductive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from raymeta.algorithms import Learner, Statistics
+from raymeta.metrics import interval
+from raymeta.params import Params
+from raymeta.workers.pool import WorkerPool
+from raymeta.workers.worker import WorkerParts
+
+# What one task gave: for each kind of statistics the loss and the metric.
+TaskResult = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a run evaluates; the `evaluation` section of the configuration.
+
+    Attributes:
+        every_steps: outer steps between validations (each writes a checkpoint).
+        tasks: validation tasks each time: always the same, numbers 0 .. tasks-1.
+        test_tasks: test tasks, once, at the end.
+        inner_steps: None: as in training.
+        statistics: of the validation that chooses the checkpoint, and of the test figure named first.
+    """
+
+    every_steps: int = 500
+    tasks: int = 200
+    test_tasks: int = 1000
+    inner_steps: int | None = None
+    statistics: Statistics = "batch"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over tasks.
+
+    Attributes:
+        mean, ci95: of the metric; ci95 is the half-width of the 95 % interval.
+        loss: the mean loss.
+        values: the metric of each task, in index order.
+    """
+
+    split: str
+    metric: str
+    statistics: str
+    inner_steps: int | None
+    mean: float
+    ci95: float
+    loss: float
+    values: tuple[float, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Without the values of the single tasks, for records and reports."""
+        return {
+            "split": self.split,
+            "episodes": len(self.values),
+            "metric": self.metric,
+            "mean": self.mean,
+            "ci95": self.ci95,
+            "loss": self.loss,
+            "statistics": self.statistics,
+            "inner_steps": self.inner_steps,
+        }
+
+
+def evaluate_tasks(
+    parts: WorkerParts,
+    params: Params,
+    split: str,
+    indices: Sequence[int],
+    inner_steps: int | None,
+    statistics: Sequence[Statistics],
+) -> list[TaskResult]:
+    """What each task gave; runs on a worker, on one batch of tasks."""
+    learner = parts.learner
+    assert isinstance(learner, Learner), f"{type(learner)} is no Learner"
+    like = next(iter(params.values()))
+    batch = parts.evaluation_source.tasks(split, indices).to(like.device, like.dtype)
+    adapted = learner.adapt(
+        parts.model, params, batch.support_x, batch.support_y, batch.support_mask, batch.tasks, inner_steps
+    )
+    results: list[TaskResult] = [{} for _ in indices]
+    for kind in statistics:
+        outputs = learner.predict(parts.model, adapted, batch.query_x, batch.query_mask, kind)
+        losses = learner.losses(outputs, batch.query_y, batch.query_mask).tolist()
+        metrics = learner.metrics(outputs, batch.query_y, batch.query_mask).tolist()
+        for result, loss, metric in zip(results, losses, metrics, strict=True):
+            result[kind] = (loss, metric)
+    return results
+
+
+def evaluate(
+    pool: WorkerPool,
+    params: Any,
+    split: str,
+    tasks: int,
+    metric: str,
+    inner_steps: int | None = None,
+    statistics: Sequence[Statistics] = ("batch", "support"),
+) -> dict[str, Evaluation]:
+    """Evaluates the flat parameters [P] on the tasks 0 .. tasks-1 of a split; one result for each kind of statistics.
+
+    Raises:
+        TaskError, RunError: as `WorkerPool.map`.
+    """
+    function = partial(evaluate_tasks, inner_steps=inner_steps, statistics=tuple(statistics))
+    results: list[TaskResult] = pool.map(function, params, split, range(tasks))
+    evaluations = {}
+    for kind in statistics:
+        values = [result[kind][1] for result in results]
+        whole = interval(values)
+        loss = interval([result[kind][0] for result in results]).mean
+        evaluations[kind] = Evaluation(
+            split, metric, kind, inner_steps, whole.mean, whole.ci95, loss, tuple(values)
+        )
+    return evaluations

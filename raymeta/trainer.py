@@ -1,0 +1,300 @@
+"""The driver: sequential code that reads like the algorithm. It owns parameters, outer optimiser, step and a pool."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raymeta.checkpoint import Checkpoint
+from raymeta.errors import InputError, NonFiniteError
+from raymeta.evaluation import Evaluation, EvaluationSettings, evaluate
+from raymeta.meta_gradient import MetaGradient
+from raymeta.metrics import HIGHER_IS_BETTER
+from raymeta.outer_optimizer import OuterOptimizer, OuterSettings, clip_by_global_norm
+from raymeta.params import ParameterLayout, Params
+from raymeta.run_directory import RunDirectory
+from raymeta.workers.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+# Training records are means over so many outer steps; one a step would make metrics.jsonl large and say little more.
+RECORD_STEPS = 10
+
+Record = dict[str, Any]
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint.
+
+    Attributes:
+        signal: its number.
+        step: outer steps done, all of them in the checkpoint.
+    """
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped by signal {signal} after outer step {step}")
+        self.signal, self.step = signal, step
+
+
+class MetaTrainer:
+    """Meta-trains.
+
+    Args:
+        pool: where meta-gradients are computed.
+        params: the outer parameters to start from (`learner.init`).
+        metric: the name of the metric that chooses the checkpoint.
+        outer, evaluation: settings.
+        run: where checkpoints and metrics go; None: nowhere.
+        threads: cores that the driver's own arithmetic uses.
+        describes: JSON that every checkpoint carries, so that the result can be used without the training data.
+
+    Attributes:
+        flat: [P] the outer parameters, one vector.
+        step_number: outer steps done.
+    """
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        params: Params,
+        metric: str,
+        outer: OuterSettings,
+        evaluation: EvaluationSettings,
+        run: RunDirectory | None = None,
+        threads: int = 1,
+        describes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.pool, self.metric, self.outer, self.evaluation = pool, metric, outer, evaluation
+        self.run, self.threads, self.describes = run, threads, dict(describes or {})
+        self.layout = ParameterLayout.of(params)
+        self.flat = self.layout.flatten(params).detach().clone()
+        self.optimizer = OuterOptimizer(self.flat, self.layout, outer)
+        self.step_number = 0
+        self.best: dict[str, Any] | None = None  # the summary of the best validation so far, with its step
+        self.validated_step = -1
+        self.test: dict[str, Any] | None = None  # the test's summaries, once it is done
+        self._sums: dict[str, float] = {}
+        self._summed_steps, self._summed_seconds = 0, 0.0
+
+    @property
+    def params(self) -> Params:
+        """The outer parameters by name: views of `flat`."""
+        return self.layout.unflatten(self.flat)
+
+    # One outer step
+
+    def step(self) -> Record:
+        """One outer step; returns what it was like (means over its tasks).
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the parameters are as before.
+            RunError: the pool cannot go on.
+        """
+        started = time.perf_counter()
+        step, count = self.step_number, self.outer.tasks_per_step
+        indices = range(step * count, (step + 1) * count)
+        total = self.pool.meta_gradient(self.flat, step, indices)  # a sum over tasks
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            gradient = total.mean()
+            norm = clip_by_global_norm(gradient, self.outer.max_gradient_norm)
+            require_finite(norm, total, step)
+            self.optimizer.apply(gradient, step)
+        finally:
+            torch.set_num_threads(threads)
+        self.step_number += 1
+        seconds = time.perf_counter() - started
+        return {
+            "step": self.step_number,
+            **total.mean_metrics(),
+            "gradient_norm": norm,
+            "rate": self.outer.rate * self.outer.factor(step),
+            "step_seconds": seconds,
+        }
+
+    # The whole run
+
+    def fit(
+        self, on_record: Callable[[str, Record], None] | None = None, stop: Callable[[], int | None] | None = None
+    ) -> dict[str, Any]:
+        """Trains to `outer.steps`, validates as it goes, and tests the best checkpoint once at the end.
+
+        Args:
+            on_record: called with ("step", ...) after each outer step, ("validation", ...) and ("test", ...).
+            stop: asked after each outer step; a signal's number ends the run after a checkpoint.
+
+        Returns:
+            The test's summaries by kind of statistics (see `Evaluation.summary`), and `"step"`, the checkpoint's.
+
+        Raises:
+            Interrupted: `stop` gave a signal; the checkpoint is written.
+            NonFiniteError, RunError, TaskError: see `step`. Checkpoints written before stay.
+        """
+        emit = on_record or (lambda kind, record: None)
+        if self.test is not None:
+            return self.test
+        while self.step_number < self.outer.steps:
+            signal = stop() if stop else None
+            if signal is not None:
+                self._save(best=False)
+                raise Interrupted(signal, self.step_number)
+            record = self.step()
+            self._record_training(record)
+            emit("step", record)
+            if self.step_number % self.evaluation.every_steps == 0 or self.step_number == self.outer.steps:
+                self._validate(emit)
+        if self.validated_step != self.step_number:  # no step was left to take
+            self._validate(emit)
+        return self._test_once(emit)
+
+    def evaluate(self, split: str, tasks: int | None = None) -> dict[str, Evaluation]:
+        """Evaluates the present parameters, under both kinds of statistics."""
+        count = self.evaluation.tasks if tasks is None else tasks
+        return evaluate(self.pool, self.flat, split, count, self.metric, self.evaluation.inner_steps)
+
+    def _validate(self, emit: Callable[[str, Record], None]) -> None:
+        kind = self.evaluation.statistics
+        settings = self.evaluation
+        found = evaluate(
+            self.pool, self.flat, "validation", settings.tasks, self.metric, settings.inner_steps, (kind,)
+        )[kind]
+        if math.isnan(found.mean):
+            raise NonFiniteError(
+                f"the validation {self.metric} at outer step {self.step_number} is not a number in "
+                f"{sum(map(math.isnan, found.values))} of {len(found.values)} tasks; nothing was written. Lower "
+                "algorithm.inner_rate or outer.rate, or set outer.max_gradient_norm.",
+                self.step_number,
+                tuple(i for i, value in enumerate(found.values) if math.isnan(value)),
+            )
+        record = {"step": self.step_number, "kind": "validation", **found.summary()}
+        better = self.best is None or (
+            found.mean > self.best["mean"] if HIGHER_IS_BETTER[self.metric] else found.mean < self.best["mean"]
+        )
+        if better:
+            self.best = record
+        self.validated_step = self.step_number
+        self._write(record, {"validation/" + self.metric: found.mean, "validation/loss": found.loss})
+        self._save(best=better)
+        emit("validation", {**record, "best": better})
+
+    def _test_once(self, emit: Callable[[str, Record], None]) -> dict[str, Any]:
+        """The test split, touched once, with the parameters that validation chose."""
+        last, step = self.flat.clone(), self.step_number
+        if self.run is not None:
+            chosen = self.run.load("best")
+            self.flat.copy_(self.layout.flatten(_ordered(chosen.params, self.layout)))
+            step = chosen.step
+        settings = self.evaluation
+        try:
+            found = evaluate(self.pool, self.flat, "test", settings.test_tasks, self.metric, settings.inner_steps)
+        finally:
+            self.flat.copy_(last)
+        self.test = {"step": step, **{kind: evaluation.summary() for kind, evaluation in found.items()}}
+        for evaluation in found.values():
+            record = {"step": self.step_number, "kind": "test", "checkpoint": step, **evaluation.summary()}
+            self._write(record, {f"test/{self.metric}_{evaluation.statistics}": evaluation.mean})
+        self._save(best=False)
+        emit("test", {**self.test})
+        return self.test
+
+    # What a run leaves
+
+    def _record_training(self, record: Record) -> None:
+        for name in ("loss", self.metric, "gradient_norm"):
+            self._sums[name] = self._sums.get(name, 0.0) + record[name]
+        self._summed_steps += 1
+        self._summed_seconds += record["step_seconds"]
+        if record["step"] % RECORD_STEPS and record["step"] != self.outer.steps:
+            return
+        means = {name: value / self._summed_steps for name, value in self._sums.items()}
+        means["rate"] = record["rate"]
+        means["tasks_per_second"] = self.outer.tasks_per_step * self._summed_steps / self._summed_seconds
+        self._write(
+            {"step": record["step"], "kind": "train", **means},
+            {f"train/{name}": value for name, value in means.items()},
+        )
+        self._sums, self._summed_steps, self._summed_seconds = {}, 0, 0.0
+
+    def _write(self, record: Record, scalars: Mapping[str, float]) -> None:
+        if self.run is not None:
+            self.run.append_metrics(record)
+            self.run.write_scalars(record["step"], scalars)
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that a run needs to go on with the same bits."""
+        return Checkpoint(
+            step=self.step_number,
+            params={name: value.clone() for name, value in self.params.items()},
+            optimizer=self.optimizer.state(),
+            state={
+                "best": self.best,
+                "validated_step": self.validated_step,
+                "test": self.test,
+                "describes": self.describes,
+                "sums": [self._sums, self._summed_steps, self._summed_seconds],
+            },
+        )
+
+    def _save(self, best: bool) -> None:
+        if self.run is not None:
+            self.run.save(self.checkpoint(), metrics=self.best, best=best)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint of this run.
+
+        Raises:
+            InputError: its parameters are not those of this run's model and learner.
+        """
+        self.flat.copy_(self.layout.flatten(_ordered(checkpoint.params, self.layout)))
+        self.optimizer.load_state(checkpoint.optimizer)
+        self.step_number = checkpoint.step
+        state = checkpoint.state
+        self.best, self.validated_step, self.test = state["best"], state["validated_step"], state["test"]
+        self._sums, self._summed_steps, self._summed_seconds = state["sums"]
+        if self.step_number < self.outer.steps:
+            self.test = None  # the run was made longer: its test is yet to come
+
+    def start_from(self, params: Mapping[str, Tensor]) -> None:
+        """Starts a new run from another's parameters. Raises InputError as `restore`."""
+        self.flat.copy_(self.layout.flatten(_ordered(params, self.layout)))
+
+
+def _ordered(params: Mapping[str, Tensor], layout: ParameterLayout) -> Params:
+    """The checkpoint's parameters in the layout's order, checked to be the same names and shapes."""
+    wanted = dict(zip(layout.names, layout.shapes, strict=True))
+    found = {name: tuple(value.shape) for name, value in params.items()}
+    if wanted != found:
+        different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        first = different[0]
+        raise InputError(
+            f"the checkpoint has other parameters than this model and learner: {first} has shape {found.get(first)} "
+            f"there and {wanted.get(first)} here ({len(different)} differ). Set model.* and algorithm.* as in the run "
+            "that wrote it."
+        )
+    return {name: params[name].to(layout.dtype) for name in layout.names}
+
+
+def require_finite(norm: float, total: MetaGradient, step: int) -> None:
+    """Stops before the update, never after.
+
+    Raises:
+        NonFiniteError: names the outer step and the tasks.
+    """
+    if math.isfinite(norm) and not total.bad_tasks:
+        return
+    tasks = ", ".join(map(str, total.bad_tasks[:10])) + (", ..." if len(total.bad_tasks) > 10 else "")
+    where = f"tasks {tasks}" if total.bad_tasks else "the sum of finite task gradients"
+    raise NonFiniteError(
+        f"outer step {step}: the loss or gradient of {where} is not finite ({len(total.bad_tasks)} of {total.tasks} "
+        "tasks); the parameters are as before. Lower algorithm.inner_rate or outer.rate, set outer.max_gradient_norm, "
+        "or look at the inputs of these tasks.",
+        step,
+        total.bad_tasks,
+    )
