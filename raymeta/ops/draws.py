@@ -8,6 +8,7 @@ back, on any worker, and on a CPU and a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -68,23 +69,48 @@ class KeyedDropout(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        channels = _CHANNEL_DROPOUTS.get(func)
-        if func is F.dropout or channels is not None:
-            return self._dropout(*args, channel_dims=channels, **kwargs)
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func in _CHANNEL_DROPOUTS:
+            return self._channel_dropout(_CHANNEL_DROPOUTS[func], *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._inside(func)(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _inside(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """`func` of torch.nn.functional, with these draws for the dropouts that it calls itself.
+
+        A mode is off while it handles a call. The body therefore runs as a copy whose globals are ours: nothing that
+        another thread sees is changed.
+        """
+        ours = {
+            "dropout": self._dropout,
+            "scaled_dot_product_attention": self._attention,
+            "has_torch_function": lambda _: False,  # or the copy would hand the call back to the mode
+        }
+        copied = FunctionType(func.__code__, {**func.__globals__, **ours}, func.__name__, func.__defaults__)
+        copied.__kwdefaults__ = func.__kwdefaults__
+        return copied
+
+    def _channel_dropout(
+        self, least: int, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        """Whole channels are kept or dropped. `least`: from so many dimensions on the first one counts rows."""
+        leading = 2 if input.dim() >= least else 1
+        return self._dropout(input, p, training, inplace, (*input.shape[:leading], *[1] * (input.dim() - leading)))
 
     def _dropout(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False,
-        channel_dims: int | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Tensor:  # fmt: skip
         if not training or p == 0.0:
             return input
-        shape = list(input.shape)
-        if channel_dims is not None:  # whole channels are kept or dropped
-            shape[-channel_dims:] = [1] * channel_dims
         self.calls += 1
+        if p == 1.0:
+            return input * 0.0  # 1 / (1 - p) would make the derivative 0 * inf
+        shape = tuple(input.shape) if shape is None else shape
         kept = keep_mask(derived_key(self.key, self.calls), shape, 1.0 - p)
         return torch.where(kept, input / (1.0 - p), torch.zeros_like(input))
 
@@ -96,7 +122,9 @@ class KeyedDropout(TorchFunctionMode):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        assert not enable_gqa, "grouped attention with dropout is not written"
+        if enable_gqa:  # a key and value head serves several query heads
+            shared = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(shared, -3), value.repeat_interleave(shared, -3)
         scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             ones = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
@@ -109,5 +137,5 @@ class KeyedDropout(TorchFunctionMode):
         return self._dropout(scores.softmax(-1), dropout_p) @ value
 
 
-# Dropouts of whole channels: how many trailing dimensions one channel has.
-_CHANNEL_DROPOUTS: dict[Callable[..., Any], int] = {F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+# Dropouts of whole channels: from how many dimensions on torch takes the first one for rows.
+_CHANNEL_DROPOUTS: dict[Callable[..., Any], int] = {F.dropout1d: 3, F.dropout2d: 3, F.dropout3d: 5}
