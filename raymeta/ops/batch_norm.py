@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raymeta.errors import InputError
+
 # For each batch norm, by its name in the module: the mean [C] and the biased variance [C] of each of its calls.
 LayerStatistics = dict[str, list[tuple[Tensor, Tensor]]]
 
@@ -66,8 +68,19 @@ class StatedBatchNorm(nn.Module):
             switch.calls[self.name] = call + 1
             mean, variance = switch.given[self.name][call]
             return self._apply(x, mean, variance)
+        if x.numel() == x.shape[1]:
+            raise InputError(
+                f"batch norm {self.name!r} sees one value for each channel (rows of shape {tuple(x.shape)}), which has "
+                "no variance; give each task more rows, or predict with the support set's statistics "
+                "(evaluation.statistics=support)"
+            )
         if switch.mask is None and switch.recorded is None:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, momentum=0.0, eps=self.eps)
+        if switch.mask is not None and len(switch.mask) != len(x):
+            raise InputError(
+                f"batch norm {self.name!r} sees {len(x)} rows where the task has {len(switch.mask)}; with tasks of "
+                "unequal size (masks) a batch norm must see one row for each example"
+            )
         mean, variance = _statistics(x, switch.mask)
         if switch.recorded is not None:
             switch.recorded.setdefault(self.name, []).append((mean, variance))
@@ -87,11 +100,6 @@ def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     dims = (0, *range(2, x.dim()))
     if mask is None:
         return x.mean(dims), x.var(dims, correction=0)
-    if len(mask) != len(x):
-        raise RuntimeError(
-            f"a batch norm sees {len(x)} rows where the task has {len(mask)}: with tasks of unequal size (masks) a "
-            "batch norm must see one row for each example"
-        )
     row = mask.reshape((-1,) + (1,) * (x.dim() - 1))
     count = mask.sum() * (x[0, 0].numel())
     zero = torch.zeros_like(x)
@@ -101,14 +109,33 @@ def _statistics(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+# The forward methods that a `StatedBatchNorm` stands for.
+_STANDARD = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
 def state_batch_norms(module: nn.Module, switch: StatisticsSwitch) -> nn.Module:
-    """Replaces, in `module` itself, every batch norm by a `StatedBatchNorm`; returns the module."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return StatedBatchNorm(module, "", switch)
+    """Replaces, in `module` itself, every batch norm by a `StatedBatchNorm`; returns the module.
+
+    An instance norm stops tracking running statistics: like batch norms, it normalises by the rows at hand.
+
+    Raises:
+        InputError: a batch norm of the user's own with another forward method.
+    """
     replaced: dict[int, StatedBatchNorm] = {}  # a layer that is used under two names stays one layer
     for path, child in list(module.named_modules(remove_duplicate=False)):
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            stated = replaced.setdefault(id(child), StatedBatchNorm(child, path, switch))
-            parent, _, last = path.rpartition(".")
-            setattr(module.get_submodule(parent), last, stated)
+        if isinstance(child, nn.modules.instancenorm._InstanceNorm):
+            child.track_running_stats, child.running_mean, child.running_var = False, None, None
+        if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+            continue
+        if type(child).forward not in _STANDARD:
+            raise InputError(
+                f"layer {path!r} of the model ({type(child).__name__}) is a batch norm with a forward method of its "
+                "own; raymeta states the statistics of torch's own batch norms only: derive the layer from nn.Module, "
+                "without running buffers"
+            )
+        stated = replaced.setdefault(id(child), StatedBatchNorm(child, path, switch))
+        if not path:
+            return stated
+        parent, _, last = path.rpartition(".")
+        setattr(module.get_submodule(parent), last, stated)
     return module
