@@ -1,0 +1,30 @@
+"""What all tests share: one Ray cluster on this machine for the whole session."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+# Actors that test faults and worker counts are small: there are more of them than cores.
+CLUSTER_CPUS = 4
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a local cluster that this process is connected to; it ends with the session."""
+    assert not os.environ.get("RAY_ADDRESS"), "the tests start a cluster of their own; unset RAY_ADDRESS"
+    context = ray.init(
+        address="local",
+        num_cpus=CLUSTER_CPUS,
+        num_gpus=0,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield context.address_info["address"]
+    ray.shutdown()
