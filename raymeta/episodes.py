@@ -5,7 +5,7 @@ Legend of shapes: T tasks, N ways, K shots, S support rows, Q query rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ class Episodes:
 
         return Episodes(**{field.name: move(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
 
+    def filled(self) -> Episodes:
+        """The same tasks, with rows that do not count filled in by `filled`; self where all rows count."""
+        if self.support_mask is None and self.query_mask is None:
+            return self
+        support_x, support_y = filled(self.support_x, self.support_y, self.support_mask)
+        query_x, query_y = filled(self.query_x, self.query_y, self.query_mask)
+        return replace(self, support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y)
+
     def select(self, start: int, stop: int) -> Episodes:
         """The tasks at positions start .. stop-1 (views)."""
 
@@ -83,3 +91,17 @@ class Episodes:
             return None if value is None else value[start:stop]
 
         return Episodes(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
+
+
+def filled(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x [T, B, ...] and y [T, B, ...] with each row that does not count replaced by the task's first row that does.
+
+    A row that does not count may hold anything (nan, the label -1). Losses leave it out, but a derivative goes through
+    it all the same, as 0 * nan; after this it is a row like the others.
+    """
+    if mask is None:
+        return x, y
+    rows = torch.arange(mask.shape[1], device=mask.device)
+    place = torch.where(mask, rows, mask.int().argmax(1, keepdim=True))
+    tasks = torch.arange(len(mask), device=mask.device)[:, None]
+    return x[tasks, place], y[tasks, place]
