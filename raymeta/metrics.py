@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymeta.errors import InputError
+
 RowFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -21,12 +23,28 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs - targets).square().flatten(1).mean(1)
+    outputs, targets = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None], targets.reshape(len(targets), -1)
+    if outputs.shape != targets.shape:  # else they would broadcast, and the mean be of something else
+        raise InputError(
+            f"the model puts out {outputs.shape[1]} numbers for each row, but a target has {targets.shape[1]}; "
+            "expected as many (model.outputs, or the target columns of tasks)"
+        )
+    return (outputs - targets).square().mean(1)
 
 
 def _logistic(outputs: Tensor, targets: Tensor) -> Tensor:
-    # One output per row: the logit of class 1.
-    return F.binary_cross_entropy_with_logits(outputs.squeeze(-1), targets.to(outputs.dtype), reduction="none")
+    logits = _logits(outputs)
+    return F.binary_cross_entropy_with_logits(logits, targets.reshape(-1).to(outputs.dtype), reduction="none")
+
+
+def _logits(outputs: Tensor) -> Tensor:
+    """[R] the logit of class 1 of each row."""
+    if outputs.numel() != len(outputs):
+        raise InputError(
+            f"the model puts out {outputs[0].numel()} numbers for each row; the logistic loss expects one, the logit "
+            "of class 1"
+        )
+    return outputs.reshape(-1)
 
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -34,7 +52,7 @@ def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _binary_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return ((outputs.squeeze(-1) > 0) == (targets > 0.5)).to(outputs.dtype)
+    return ((_logits(outputs) > 0) == (targets.reshape(-1) > 0.5)).to(outputs.dtype)
 
 
 # From outputs [R, ...] and targets [R] or [R, D] to rows [R].
