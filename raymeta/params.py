@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raymeta.errors import InputError
+
 Params = dict[str, Tensor]
 
 MODEL = "model."
@@ -42,11 +44,11 @@ class ParameterLayout:
 
     @classmethod
     def of(cls, params: Mapping[str, Tensor]) -> ParameterLayout:
-        """The layout of `params`. Raises ValueError when the dtypes differ or are not floating."""
+        """The layout of `params`. Raises InputError when the dtypes differ or are not floating."""
         dtypes = {value.dtype for value in params.values()}
         if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
             kinds = sorted(map(str, dtypes))
-            raise ValueError(f"parameters are of dtypes {kinds}; expected one floating dtype for all of them")
+            raise InputError(f"parameters are of dtypes {kinds}; expected one floating dtype for all of them")
         return cls(tuple(params), tuple(tuple(value.shape) for value in params.values()), dtypes.pop())
 
     @property
@@ -68,9 +70,7 @@ class ParameterLayout:
         """Named views of `flat` [P]: nothing is copied, a change of one is a change of the other."""
         assert flat.shape == (self.size,), f"expected {self.size} numbers, got shape {tuple(flat.shape)}"
         pieces = flat.split(self.sizes)
-        return {
-            name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
-        }
+        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
 
 def params_hash(flat: Tensor) -> str:
