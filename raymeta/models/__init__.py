@@ -17,4 +17,4 @@ MODELS: dict[str, type[nn.Module]] = {
     "transformer": Transformer,
 }
 
-__all__ = ["MODELS", "MLP", "Conv4", "ResNet12", "Transformer"]
+__all__ = ["MLP", "MODELS", "Conv4", "ResNet12", "Transformer"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from raymeta.errors import InputError
 
 
 class Conv4(nn.Module):
@@ -34,11 +37,17 @@ class Conv4(nn.Module):
     ) -> None:
         super().__init__()
         if len(input_shape) != 3:
-            raise ValueError(f"conv4 takes images (C, height, width); a row of the tasks has shape {tuple(input_shape)}")
+            raise InputError(
+                f"conv4 takes images (C, height, width); a row of the tasks has shape {tuple(input_shape)}"
+            )
+        least = 2**blocks if downsampling == "max_pool" else 1
+        if min(input_shape[1:]) < least:
+            raise InputError(
+                f"model.blocks={blocks} with model.downsampling=max_pool needs images of at least {least} x {least}; "
+                f"a row of the tasks has shape {tuple(input_shape)}"
+            )
         channels = (input_shape[0], *[filters] * blocks)
-        self.blocks = nn.Sequential(
-            *(_block(before, after, downsampling) for before, after in zip(channels, channels[1:], strict=False))
-        )
+        self.blocks = nn.Sequential(*(_block(before, after, downsampling) for before, after in pairwise(channels)))
         self.pooling = pooling
         with torch.no_grad():
             features = self.features(torch.zeros(1, *input_shape)).shape[1]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
+
+from raymeta.errors import InputError
 
 
 class _Block(nn.Module):
@@ -48,14 +52,12 @@ class ResNet12(nn.Module):
         super().__init__()
         least = 2 ** len(widths)
         if len(input_shape) != 3 or min(input_shape[1:]) < least:
-            raise ValueError(
+            raise InputError(
                 f"resnet12 takes images (C, height, width) of at least {least} x {least}; "
                 f"a row of the tasks has shape {tuple(input_shape)}"
             )
         channels = (input_shape[0], *widths)
-        self.blocks = nn.Sequential(
-            *(_Block(before, after, pool=True) for before, after in zip(channels, channels[1:], strict=False))
-        )
+        self.blocks = nn.Sequential(*(_Block(before, after, pool=True) for before, after in pairwise(channels)))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Identity() if outputs is None else nn.Linear(widths[-1], outputs)
 

@@ -1,9 +1,14 @@
-"""A small transformer on sequences of feature vectors (text embeddings, sensor windows). Shapes: B rows, L positions."""
+"""A small transformer on sequences of feature vectors (text embeddings, sensor windows).
+
+Shapes: B rows, L positions.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from raymeta.errors import InputError
 
 
 class Transformer(nn.Module):
@@ -29,7 +34,9 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         if len(input_shape) != 2:
-            raise ValueError(f"transformer takes rows (L, features); a row of the tasks has {tuple(input_shape)}")
+            raise InputError(f"transformer takes rows (L, features); a row of the tasks has {tuple(input_shape)}")
+        if width % heads:
+            raise InputError(f"model.width={width}; expected a multiple of model.heads={heads}")
         self.embed = nn.Linear(input_shape[1], width)
         self.positions = nn.Parameter(torch.randn(input_shape[0], width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, batch_first=True, norm_first=True)
