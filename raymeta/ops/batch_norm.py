@@ -67,7 +67,7 @@ class StatedBatchNorm(nn.Module):
             call = switch.calls.get(self.name, 0)
             switch.calls[self.name] = call + 1
             mean, variance = switch.given[self.name][call]
-            return self._apply(x, mean, variance)
+            return self._normalised(x, mean, variance)
         if x.numel() == x.shape[1]:
             raise InputError(
                 f"batch norm {self.name!r} sees one value for each channel (rows of shape {tuple(x.shape)}), which has "
@@ -84,9 +84,9 @@ class StatedBatchNorm(nn.Module):
         mean, variance = _statistics(x, switch.mask)
         if switch.recorded is not None:
             switch.recorded.setdefault(self.name, []).append((mean, variance))
-        return self._apply(x, mean, variance)
+        return self._normalised(x, mean, variance)
 
-    def _apply(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def _normalised(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         shape = (1, -1) + (1,) * (x.dim() - 2)
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
