@@ -20,12 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics, StatedBatchNorm, StatisticsSwitch, state_batch_norms
 from raymeta.ops.draws import KeyedDropout
 from raymeta.params import Params
 
 Batching = Literal["vmap", "loop"]
 Precision = Literal["float32", "bfloat16"]
+
+
+# Said of a model whose forward pass draws where no key reaches.
+FOREIGN_DRAW = (
+    "the model draws random numbers in its forward pass by something else than a dropout layer (the dropout between "
+    "the layers of a recurrent network counts as such), and such a draw would not be a function of the task; make it "
+    "an input, or use dropout layers"
+)
 
 
 class TaskModel:
@@ -96,6 +105,17 @@ class TaskModel:
             return _stack(results)
 
     def _call(self, params: Params, x: Tensor) -> Tensor:
+        if self.batching == "vmap":  # which itself refuses draws, and writing to buffers
+            return self._forward(params, x)
+        before = _generator_states(x.device)
+        # Buffers that the module writes to are its copies: every call finds them as they were at first.
+        own = {name: value.clone() for name, value in self.module.named_buffers()}
+        outputs = self._forward({**own, **params}, x)
+        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(x.device), strict=True)):
+            raise InputError(FOREIGN_DRAW)
+        return outputs
+
+    def _forward(self, params: Params, x: Tensor) -> Tensor:
         if self.precision == "float32":
             return functional_call(self.module, params, (x,))
         # The cache of cast weights would keep a weight of one task or inner step for the next.
@@ -109,22 +129,35 @@ class TaskModel:
             yield
 
 
-_prepared: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], TaskModel]] = weakref.WeakKeyDictionary()
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
+
+
+# For each module, batching and precision: what the copy was made from, and the copy.
+_prepared: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], tuple[Any, TaskModel]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def task_model(module: nn.Module, batching: Batching = "vmap", precision: Precision = "float32") -> TaskModel:
-    """The prepared copy of `module`, made once for each module and mode.
+    """The prepared copy of `module`, made once for each batching and precision.
 
-    The copy's structure, buffers and frozen parameters are those at the first call; the learned parameters come with
-    each call. A module that moved to another device is prepared anew.
+    It is made anew when a layer was exchanged, when a buffer or a frozen parameter was written to, and when the module
+    moved to another device or dtype. The learned parameters come with each call. A changed plain attribute (the rate
+    of a dropout layer) is not noticed.
     """
     known = _prepared.setdefault(module, {})
-    device = next((str(value.device) for value in module.parameters()), "cpu")
-    dtype = next((str(value.dtype) for value in module.parameters()), "")
-    key = (f"{batching} {device} {dtype}", precision)
-    if key not in known:
-        known[key] = TaskModel(module, batching, precision)
-    return known[key]
+    made_from = (
+        [(name, type(part), id(part)) for name, part in module.named_modules()],
+        [(name, value.device, value.dtype, value.requires_grad) for name, value in module.named_parameters()],
+        [(value.data_ptr(), value._version) for value in module.parameters() if not value.requires_grad],
+        [(value.device, value.data_ptr(), value._version) for value in module.buffers()],
+    )
+    found = known.get((batching, precision))
+    if found is None or found[0] != made_from:
+        found = known[batching, precision] = (made_from, TaskModel(module, batching, precision))
+    return found[1]
 
 
 @contextlib.contextmanager
