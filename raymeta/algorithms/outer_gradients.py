@@ -51,9 +51,7 @@ def _leaves(params: Mapping[str, Tensor]) -> Params:
     return {name: value.detach().requires_grad_() for name, value in params.items()}
 
 
-def _gradient(
-    outputs: list[Tensor], inputs: list[Tensor], adjoints: list[Tensor] | None = None
-) -> list[Tensor]:
+def _gradient(outputs: list[Tensor], inputs: list[Tensor], adjoints: list[Tensor] | None = None) -> list[Tensor]:
     """Vector-Jacobian products of those outputs that have a graph; 0 for inputs that they do not reach."""
     chosen = [i for i, output in enumerate(outputs) if output.requires_grad]
     if not chosen:
@@ -155,13 +153,14 @@ def displacement(loop: InnerLoop, params: Params, query: Query) -> OuterGradient
 
 
 def implicit(
-    loop: InnerLoop, params: Params, query: Query, weight: float, solver_steps: int, damping: float = 0.0
+    loop: InnerLoop, params: Params, query: Query, weight: float, solver_steps: int, weight_decay: float = 0.0
 ) -> OuterGradient:
     """iMAML's: (I + H / weight)^-1 v, with H the Hessian of the support loss at theta*, v the query gradient there.
 
     `loop.objective` is the support loss *with* the proximal term weight/2 |theta - theta_0|^2, whose Hessian is
     weight * I + H; conjugate gradients solve (weight * I + H) x = weight * v, task by task, all tasks at once. That is
-    the derivative of theta* only where the inner loop has converged.
+    the derivative of theta* only where the inner loop has converged. The inner rule's `weight_decay` is part of the
+    problem that it solves, and adds itself to H.
     """
     constants = {name: value.detach() for name, value in params.items()}
     fast = loop.run(params)
@@ -174,7 +173,7 @@ def implicit(
 
     def product(vector: list[Tensor]) -> list[Tensor]:
         hessian = torch.autograd.grad(slope, list(leaves.values()), vector, retain_graph=True)
-        return [(h + damping * v) / weight for h, v in zip(hessian, vector, strict=True)]
+        return [(h + weight_decay * v) / weight for h, v in zip(hessian, vector, strict=True)]
 
     solution = conjugate_gradient(product, right, solver_steps)
     gradient = dict(zip(params, (value.sum(0) for value in solution), strict=True))
@@ -186,7 +185,7 @@ def conjugate_gradient(
 ) -> list[Tensor]:
     """Solves A x = b for T systems at once; every tensor has a leading T, and A is block-diagonal over it.
 
-    A system whose residual is exactly 0 is solved and stays as it is.
+    A system whose residual is 0, or too small for its squares to be told from 0, is solved and stays as it is.
     """
 
     def dot(left: list[Tensor], other: list[Tensor]) -> Tensor:
@@ -202,7 +201,7 @@ def conjugate_gradient(
     for _ in range(steps):
         moved = product(direction)
         curvature = dot(direction, moved)
-        solved = squared == 0
+        solved = (squared == 0) | (curvature == 0)
         length = torch.where(solved, torch.zeros_like(squared), squared / torch.where(solved, 1.0, curvature))
         solution = [a + b for a, b in zip(solution, scaled(length, direction), strict=True)]
         residual = [a - b for a, b in zip(residual, scaled(length, moved), strict=True)]
