@@ -14,7 +14,8 @@ from raymeta.algorithms.explain import explained
 from raymeta.algorithms.learner import Adapted, Learner, Statistics
 from raymeta.algorithms.outer_gradients import OuterGradient
 from raymeta.algorithms.task_model import TaskModel
-from raymeta.episodes import Episodes
+from raymeta.episodes import Episodes, filled
+from raymeta.errors import InputError
 from raymeta.ops.draws import task_keys
 from raymeta.params import Params, model_params
 
@@ -42,6 +43,12 @@ class PrototypicalNetworks(Learner):
             support = model.outputs({}, weights, batch.support_x, batch.support_mask, support_keys)
             centres = prototypes(support, batch.support_y, batch.support_mask)
             query = model.outputs({}, weights, batch.query_x, batch.query_mask, query_keys)
+            ways = centres.shape[1]
+            if int(batch.query_y.max()) >= ways:
+                raise InputError(
+                    f"a query has the label {int(batch.query_y.max())}, but the support sets have 0 .. {ways - 1} "
+                    "alone; expected a support row for every class of a task"
+                )
             scores = minus_squared_distances(query, centres)
             loss = self.losses(scores, batch.query_y, batch.query_mask)
             found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
@@ -63,6 +70,7 @@ class PrototypicalNetworks(Learner):
         inner_steps: int | None = None,
     ) -> Adapted:
         prepared, weights = self.prepared(model), model_params(params)
+        support_x, support_y = filled(support_x, support_y, support_mask)
         with torch.no_grad(), explained(prepared, weights, support_x[0]):
             embedded = prepared.outputs({}, weights, support_x, support_mask)
             statistics = prepared.support_statistics({}, weights, support_x, support_mask)
@@ -91,7 +99,6 @@ def prototypes(embedded: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
     member = torch.nn.functional.one_hot(labels, ways).to(embedded.dtype)
     if mask is not None:
         member = member * mask[:, :, None]
-        embedded = torch.where(mask[:, :, None], embedded, torch.zeros_like(embedded))
     counts = member.sum(1)[:, :, None]
     sums = member.transpose(1, 2) @ embedded
     return torch.where(counts > 0, sums / counts.clamp(min=1), torch.full_like(sums, torch.inf))
@@ -99,5 +106,8 @@ def prototypes(embedded: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
 
 def minus_squared_distances(query: Tensor, centres: Tensor) -> Tensor:
     """[T, Q, N] from query [T, Q, D] and centres [T, N, D]: differences first, which keeps the digits that
-    |q|^2 - 2 q.c + |c|^2 would lose."""
-    return -(query[:, :, None] - centres[:, None]).square().sum(-1)
+    |q|^2 - 2 q.c + |c|^2 would lose. A class at infinity scores -inf, and no derivative passes there."""
+    absent = centres.isposinf().all(-1)
+    near = torch.where(absent[:, :, None], torch.zeros_like(centres), centres)
+    scores = -(query[:, :, None] - near[:, None]).square().sum(-1)
+    return torch.where(absent[:, None], torch.full_like(scores, -torch.inf), scores)
