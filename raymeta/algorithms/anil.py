@@ -28,5 +28,7 @@ class ANIL(MAML):
         chosen = tuple(name for name in names if name == head or name.startswith(head + "."))
         if not chosen:
             modules = {name.rpartition(".")[0] for name in names}
-            raise InputError(f"algorithm.head={self.head!r} names no part of the model with parameters; {nearest(head, modules)}")
+            raise InputError(
+                f"algorithm.head={self.head!r} names no part of the model with parameters; {nearest(head, modules)}"
+            )
         return chosen

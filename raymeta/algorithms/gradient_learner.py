@@ -16,12 +16,24 @@ from torch import Tensor, nn
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Rates
 from raymeta.algorithms.learner import Adapted, Learner, Statistics
-from raymeta.algorithms.outer_gradients import OuterGradient, Query, QueryResult, StepWeights, displacement, flat, implicit, unrolled
+from raymeta.algorithms.outer_gradients import (
+    OuterGradient,
+    Query,
+    QueryResult,
+    StepWeights,
+    displacement,
+    flat,
+    implicit,
+    unrolled,
+)
 from raymeta.algorithms.task_model import TaskModel
-from raymeta.episodes import Episodes
+from raymeta.episodes import Episodes, filled
 from raymeta.ops.draws import derived_key, task_keys
 from raymeta.params import Params, model_params
 from raymeta.seeding import generator
+
+# For each inner step the positions [T, B] of the rows that it sees, and the mask [T, B] of those that count.
+MiniBatches = list[tuple[Tensor, Tensor | None]]
 
 # Up to this many inner steps the unrolled form is the default: it is the faster one, and its graph still small.
 UNROLLED_STEPS = 5
@@ -60,6 +72,7 @@ class GradientLearner(Learner):
     all_are_fast = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require(self.inner_steps >= 0, "inner_steps", "0 or more")
         self.require(0 <= self.inner_momentum < 1, "inner_momentum", "a number in [0, 1)")
         self.require(self.inner_weight_decay >= 0, "inner_weight_decay", "0 or more")
@@ -74,7 +87,9 @@ class GradientLearner(Learner):
             reason = "exact or first_order: a displacement says nothing of parameters that no task changes"
             self.require(self.all_are_fast, "outer_gradient", reason)
         if self.outer_gradient == "implicit":
-            reason = "exact or first_order: the stationary point of the inner problem does not depend on other parameters"
+            reason = (
+                "exact or first_order: the stationary point of the inner problem does not depend on other parameters"
+            )
             self.require(self.all_are_fast, "outer_gradient", reason)
             reason = "a number above 0 with outer_gradient=implicit: without it theta* does not depend on theta_0"
             self.require(self.proximal_weight > 0, "proximal_weight", reason)
@@ -95,19 +110,37 @@ class GradientLearner(Learner):
     def rates(self, params: Params, names: tuple[str, ...], number: int) -> Rates:
         """For each fast parameter the inner rate of step `number`: a number, or a tensor that broadcasts to it."""
 
-    def support_rows(
-        self, rows: int, tasks: Tensor, purpose: str, step: int, steps: int, device: torch.device
-    ) -> list[Tensor] | None:
-        """For each inner step the positions [T, inner_batch] of the support rows that it sees; None: always all."""
+    def mini_batches(
+        self,
+        rows: int,
+        support_mask: Tensor | None,
+        tasks: Tensor,
+        purpose: str,
+        step: int,
+        steps: int,
+        device: torch.device,
+    ) -> MiniBatches | None:
+        """For each inner step the positions [T, inner_batch] of the support rows that it sees, of those that count,
+        and a mask of the same shape where some task has fewer; None: every step sees all rows."""
         if self.inner_batch is None or self.inner_batch >= rows:
             return None
-        passes = -(-steps * self.inner_batch // rows)
-        orders = []
-        for task in tasks.tolist():
-            draw = generator(self.seed, "inner_batch", purpose, step, task)
-            orders.append(np.concatenate([draw.permutation(rows) for _ in range(passes)]))
-        order = torch.from_numpy(np.stack(orders)).to(device)
-        return [order[:, i * self.inner_batch : (i + 1) * self.inner_batch] for i in range(steps)]
+        size = self.inner_batch
+        orders, fewest = [], size
+        for place, task in enumerate(tasks.tolist()):
+            own = np.arange(rows) if support_mask is None else np.flatnonzero(support_mask[place].cpu().numpy())
+            if len(own) > size:
+                draw = generator(self.seed, "inner_batch", purpose, step, task)
+                passes = -(-steps * size // len(own))
+                order = np.concatenate([own[:0], *(draw.permutation(own) for _ in range(passes))])
+            else:  # every step sees all of the task's rows, in their order, as it does for the task alone
+                order = np.tile(np.resize(own, size), steps)
+            orders.append(order[: steps * size].reshape(steps, size))
+            fewest = min(fewest, len(own))
+        positions = torch.from_numpy(np.stack(orders, 1)).to(device)  # [steps, T, inner_batch]
+        if support_mask is None or fewest == size:
+            return [(places, None) for places in positions]
+        mask = torch.arange(size, device=device) < support_mask.sum(1, keepdim=True)
+        return [(places, mask) for places in positions]
 
     def inner_loop(
         self,
@@ -127,7 +160,9 @@ class GradientLearner(Learner):
         count = len(support_x)
         purpose = "adapt" if step is None else "train"
         keys = None if step is None else task_keys(self.seed, "support", step, tasks.tolist(), support_x.device)
-        rows = self.support_rows(support_x.shape[1], tasks, purpose, step or 0, steps, support_x.device)
+        batches = self.mini_batches(
+            support_x.shape[1], support_mask, tasks, purpose, step or 0, steps, support_x.device
+        )
 
         def start(params: Params) -> Params:
             own = model_params(params)
@@ -135,11 +170,7 @@ class GradientLearner(Learner):
 
         def objective(fast: Params, params: Params, number: int) -> Tensor:
             own = model_params(params)
-            x, y, mask = support_x, support_y, support_mask
-            if rows is not None:
-                place = torch.arange(count, device=x.device)[:, None]
-                x, y = x[place, rows[number]], y[place, rows[number]]
-                mask = None if mask is None else mask[place, rows[number]]
+            x, y, mask = rows_of_step(support_x, support_y, support_mask, batches, number)
             key = None if keys is None else derived_key(keys, number)
             outputs = model.outputs(fast, {name: own[name] for name in shared_names}, x, mask, key)
             loss = self.losses(outputs, y, mask)
@@ -184,7 +215,7 @@ class GradientLearner(Learner):
         if self.outer_gradient == "displacement":
             return displacement(loop, params, query)
         if self.outer_gradient == "implicit":
-            return implicit(loop, params, query, self.proximal_weight, self.solver_steps)
+            return implicit(loop, params, query, self.proximal_weight, self.solver_steps, self.inner_weight_decay)
         if self.outer_gradient == "first_order":
             return unrolled(loop, params, query, weights, second_order=False)
         unroll = self.memory == "unrolled" or (self.memory == "auto" and self.inner_steps <= UNROLLED_STEPS)
@@ -201,6 +232,7 @@ class GradientLearner(Learner):
         inner_steps: int | None = None,
     ) -> Adapted:
         prepared = self.prepared(model)
+        support_x, support_y = filled(support_x, support_y, support_mask)
         steps = self.inner_steps if inner_steps is None else inner_steps
         numbers = torch.arange(len(support_x)) if tasks is None else tasks
         with explained(prepared, model_params(params), support_x[0]):
@@ -222,3 +254,14 @@ class GradientLearner(Learner):
         given = adapted.statistics if statistics == "support" else None
         with torch.no_grad():
             return self.prepared(model).outputs(adapted.fast, adapted.shared, query_x, query_mask, None, given)
+
+
+def rows_of_step(
+    x: Tensor, y: Tensor, mask: Tensor | None, batches: MiniBatches | None, number: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows that inner step `number` sees, from x [T, S, ...], y [T, S, ...] and mask [T, S]."""
+    if batches is None:
+        return x, y, mask
+    rows, mask = batches[number]
+    tasks = torch.arange(len(x), device=x.device)[:, None]
+    return x[tasks, rows], y[tasks, rows], mask

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from raymeta.errors import InputError
 from raymeta.params import Params
 
 # The fast parameters are under "fast"; what else there is depends on the rule ("momentum"; "first", "second").
@@ -147,6 +148,11 @@ class InnerLoop:
         fast = state["fast"]
         loss = self.objective(fast, params, number)
         values = list(fast.values())
+        if not loss.requires_grad:
+            raise InputError(
+                "the support loss does not depend on the parameters that a task changes "
+                f"({', '.join(fast)}); expected a model that computes with them, without torch.no_grad"
+            )
         gradients = torch.autograd.grad(loss.sum(), values, create_graph=second_order, allow_unused=True)
         # A fast parameter that the loss does not reach has gradient 0.
         named = {

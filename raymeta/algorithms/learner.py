@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from raymeta.algorithms.task_model import Batching, Precision, TaskModel, task_m
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient
-from raymeta.metrics import task_losses, task_metrics
+from raymeta.metrics import LOSSES, METRICS, task_losses, task_metrics
 from raymeta.ops.batch_norm import LayerStatistics
 from raymeta.params import MODEL, ParameterLayout, Params, model_params
 
@@ -71,6 +72,12 @@ class Learner(ABC):
 
     # Whether the model must put out a class score or target itself, or an embedding that the learner compares.
     needs_head = True
+
+    def __post_init__(self) -> None:
+        for field, allowed in _choices(type(self)).items():
+            self.require(getattr(self, field) in allowed, field, "one of " + ", ".join(map(repr, allowed)))
+        self.require(self.loss in LOSSES, "loss", "one of " + ", ".join(LOSSES))
+        self.require(self.metric in METRICS, "metric", "one of " + ", ".join(METRICS))
 
     def init(self, model: nn.Module, seed: int) -> Params:
         """The outer parameters before the first step: the module's weights as they are, under `model.`, and what the
@@ -124,7 +131,7 @@ class Learner(ABC):
         Raises:
             InputError: the model cannot be mapped over tasks, or has a layer without a second derivative.
         """
-        prepared = self.prepared(model)
+        prepared, batch = self.prepared(model), batch.filled()
         with explained(prepared, model_params(params), batch.support_x[0]):
             result = self.summed_gradient(prepared, params, batch, step)
         gradient = ParameterLayout.of(params).flatten(result.gradient)
@@ -172,6 +179,13 @@ class Learner(ABC):
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@cache
+def _choices(learner: type[Learner]) -> dict[str, tuple[str, ...]]:
+    """For each field of type Literal the values that it may have."""
+    hints = get_type_hints(learner)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _finite(*values: Tensor) -> bool:

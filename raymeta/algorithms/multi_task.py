@@ -16,19 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained
+from raymeta.algorithms.gradient_learner import rows_of_step
 from raymeta.algorithms.inner_loop import InnerLoop, Rates
 from raymeta.algorithms.learner import Adapted, Statistics
 from raymeta.algorithms.maml import MAML
 from raymeta.algorithms.outer_gradients import OuterGradient
 from raymeta.algorithms.task_model import TaskModel
-from raymeta.episodes import Episodes
+from raymeta.episodes import Episodes, filled
 from raymeta.errors import InputError
 from raymeta.ops.draws import task_keys
 from raymeta.params import MODEL, Params, model_params
 from raymeta.seeding import torch_generator
 
 JOINT_WEIGHT, JOINT_BIAS = "joint_head.weight", "joint_head.bias"
-HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
+# The task's own head among the fast parameters: names that no parameter of a module can have.
+HEAD_WEIGHT, HEAD_BIAS = "task head/weight", "task head/bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,7 @@ class MultiTask(MAML):
         super().__post_init__()
         expected = "exact: joint training has no inner loop to differentiate"
         self.require(self.outer_gradient == "exact", "outer_gradient", expected)
+        self.require(not self.proximal_weight, "proximal_weight", "0: fine-tuning has no proximal term")
 
     @property
     def needs_head(self) -> bool:  # type: ignore[override]
@@ -103,7 +106,11 @@ class MultiTask(MAML):
         if self.training_classes is None:
             return super().adapt(model, params, support_x, support_y, support_mask, tasks, inner_steps)
         prepared, weights, count = self.prepared(model), model_params(params), len(support_x)
+        support_x, support_y = filled(support_x, support_y, support_mask)
         ways = int(support_y.max()) + 1
+        steps = self.inner_steps if inner_steps is None else inner_steps
+        numbers = torch.arange(count) if tasks is None else tasks
+        batches = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
         names = tuple(weights) if self.fine_tune == "all" else ()
         shared = {name: value for name, value in weights.items() if name not in names}
         like = params[JOINT_WEIGHT]
@@ -111,16 +118,15 @@ class MultiTask(MAML):
         def start(params: Params) -> Params:
             body = {name: params[MODEL + name].expand(count, *weights[name].shape) for name in names}
             head = {HEAD_WEIGHT: like.new_zeros(count, ways, like.shape[1]), HEAD_BIAS: like.new_zeros(count, ways)}
-            return {**body, **{MODEL + name: value for name, value in head.items()}}
+            return {**body, **head}
 
         def objective(fast: Params, params: Params, number: int) -> Tensor:
-            outputs = _with_head(prepared, fast, shared, support_x, support_mask, None)
-            return self.losses(outputs, support_y, support_mask)
+            x, y, mask = rows_of_step(support_x, support_y, support_mask, batches, number)
+            return self.losses(_with_head(prepared, fast, shared, x, mask, None), y, mask)
 
         def rates(params: Params, number: int) -> Rates:
-            return dict.fromkeys([*names, MODEL + HEAD_WEIGHT, MODEL + HEAD_BIAS], self.inner_rate)
+            return dict.fromkeys([*names, HEAD_WEIGHT, HEAD_BIAS], self.inner_rate)
 
-        steps = self.inner_steps if inner_steps is None else inner_steps
         with explained(prepared, weights, support_x[0]):
             fast = InnerLoop(steps, start, objective, rates, self.rule()).run(params)
             body = {name: fast[name] for name in names}
@@ -144,9 +150,9 @@ class MultiTask(MAML):
 
 def _with_head(model: TaskModel, fast: Params, shared: Params, x: Tensor, mask: Tensor | None, given: object) -> Tensor:
     """[T, B, N]: the embedding of x, and the task's own linear head on it."""
-    body = {name: value for name, value in fast.items() if not name.startswith(MODEL)}
+    body = {name: value for name, value in fast.items() if name not in (HEAD_WEIGHT, HEAD_BIAS)}
     embedded = model.outputs(body, shared, x, mask, None, given)  # type: ignore[arg-type]
-    weight, bias = fast[MODEL + HEAD_WEIGHT], fast[MODEL + HEAD_BIAS]
+    weight, bias = fast[HEAD_WEIGHT], fast[HEAD_BIAS]
     return embedded @ weight.transpose(1, 2) + bias[:, None]
 
 
