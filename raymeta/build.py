@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +27,7 @@ from raymeta.outer_optimizer import OuterSettings
 from raymeta.params import Params, model_params
 from raymeta.run_directory import RunDirectory
 from raymeta.seeding import digest
+from raymeta.tasks.class_episodes import ClassEpisodes
 from raymeta.tasks.source import SPLITS, TaskSource
 from raymeta.trainer import MetaTrainer
 from raymeta.workers.local_pool import LocalPool
@@ -87,14 +89,15 @@ def make_learner(section: Part, filled: Mapping[str, Any]) -> Learner:
 
 def describe_source(source: TaskSource) -> dict[str, Any]:
     """What a result must know of the tasks that it was trained on, as JSON: it is used without their data."""
-    data = getattr(source, "data", None)
+    data = source.data if isinstance(source, ClassEpisodes) else None
     return {
         "input_shape": list(source.input_shape),
         "outputs": source.outputs,
         "loss": source.loss,
         "metric": source.metric,
         "training_classes": source.classes,
-        "images": data is not None and str(getattr(data, "dtype", "")) == "uint8",
+        "images": data is not None and data.dtype == np.uint8,
+        "inverted": data is not None and data.info.inverted,
     }
 
 
@@ -207,11 +210,10 @@ def make_pool(config: Config) -> WorkerPool:
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:
-    """The settings that the trainer needs of the `evaluation` section."""
+    """The settings that the trainer needs of the `evaluation` section, inner steps as in training where it has none."""
     section = config.evaluation
-    return EvaluationSettings(
-        section.every_steps, section.tasks, section.test_tasks, section.inner_steps, section.statistics
-    )
+    steps = config.algorithm.arguments.get("inner_steps") if section.inner_steps is None else section.inner_steps
+    return EvaluationSettings(section.every_steps, section.tasks, section.test_tasks, steps, section.statistics)
 
 
 def make_trainer(config: Config, parts: WorkerParts, pool: WorkerPool, run: RunDirectory | None) -> MetaTrainer:

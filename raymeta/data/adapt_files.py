@@ -5,11 +5,15 @@ The inputs come out as the model was trained on them: of its input shape, images
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 
 from raymeta.data import tables
 from raymeta.data.images import ImageReader, SourceFile, class_folders, list_files
@@ -214,3 +218,31 @@ def _image_rows(files: list[SourceFile], input_shape: tuple[int, ...], pixels: b
         names=tuple("/".join(file.parts) for file in files),
         features=(),
     )
+
+
+def prediction_writer(path: str | Path) -> Callable[[Mapping[str, Any]], None]:
+    """What writes columns to `path`, a .csv, .parquet or .arrow file; made before any work, so that it fails early.
+
+    Raises:
+        InputError: another suffix, or no folder to write to; from the writer: that it cannot be written.
+    """
+    target = Path(path)
+    if target.suffix not in (".csv", ".parquet", ".arrow"):
+        raise InputError(f"--output {target}: the suffix is {target.suffix!r}; expected .csv, .parquet or .arrow.")
+    if not target.parent.is_dir():
+        raise InputError(f"--output {target}: the folder {target.parent} does not exist; make it first.")
+
+    def write(columns: Mapping[str, Any]) -> None:
+        table = pa.table({name: pa.array(values) for name, values in columns.items()})
+        try:
+            if target.suffix == ".csv":
+                pa.csv.write_csv(table, target)
+            elif target.suffix == ".parquet":
+                pa.parquet.write_table(table, target)
+            else:
+                with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+                    file.write_table(table)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"--output {target} cannot be written: {error}.") from error
+
+    return write

@@ -1,0 +1,325 @@
+"""Using the result: a trained learner that adapts to a new task in one call, and the fitted model that comes of it.
+
+    learner = raymeta.load("runs/omniglot")
+    fitted = learner.adapt(support_x, support_y)
+    fitted.predict(query_x), fitted.predict_proba(query_x), fitted.save("fitted.safetensors")
+
+Legend: S support rows, Q query rows, N classes, D targets.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from raymeta.algorithms import Adapted, Learner
+from raymeta.algorithms.gradient_learner import GradientLearner
+from raymeta.build import trained
+from raymeta.config import load_config
+from raymeta.errors import InputError
+from raymeta.params import Params
+from raymeta.run_directory import RunDirectory
+
+# Rows that an inductive prediction computes at once; each row is treated alone, so the cut changes nothing.
+ROWS_AT_ONCE = 1024
+FORMAT = 1
+
+Rows = np.ndarray | Tensor | Sequence[Any]
+
+
+def load(place: str | os.PathLike[str], checkpoint: str | int = "best") -> TrainedLearner:
+    """The learner that a run trained.
+
+    Args:
+        place: a run directory, a local path or a URI. It is enough alone: the training data is not needed.
+        checkpoint: "best" (by validation), "latest" or a step.
+
+    Raises:
+        InputError: no run directory, or a checkpoint that is missing, cut off or altered.
+    """
+    run = RunDirectory(place)
+    resolved = run.read_config()
+    found = run.load(checkpoint)
+    return TrainedLearner.make(resolved, found.params, found.state["describes"], found.step)
+
+
+@dataclass(frozen=True)
+class TrainedLearner:
+    """What meta-training leaves: model, learner and outer parameters.
+
+    Attributes:
+        description: what it was trained on: input_shape, outputs, loss, metric, images, ...
+        resolved: the run's configuration.
+        step: the outer steps of the checkpoint.
+    """
+
+    model: nn.Module
+    learner: Learner
+    params: Params
+    description: Mapping[str, Any]
+    resolved: Mapping[str, Any]
+    step: int
+
+    @classmethod
+    def make(
+        cls, resolved: Mapping[str, Any], params: Params, description: Mapping[str, Any], step: int
+    ) -> TrainedLearner:
+        """From a configuration and a checkpoint's content."""
+        model, learner, ordered = trained(load_config(resolved), params, description)
+        return cls(model, learner, ordered, description, resolved, step)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one row of x."""
+        return tuple(self.description["input_shape"])
+
+    @property
+    def regression(self) -> bool:
+        """Whether targets are numbers, not classes."""
+        return self.learner.loss == "mean_squared_error"
+
+    def adapt(self, support_x: Rows, support_y: Rows, inner_steps: int | None = None) -> FittedModel:
+        """Adapts to one task.
+
+        Args:
+            support_x: [S, *input_shape]; images as uint8 (0 to 255) or floating in [0, 1].
+            support_y: [S] class labels of any kind (texts, numbers), or [S, D] (or [S]) numeric targets.
+            inner_steps: None: as in the run's evaluation.
+
+        Raises:
+            InputError: rows of another shape or type, NaN, labels that do not fit.
+        """
+        x = self.inputs(support_x, "support_x")
+        labels: tuple[Any, ...] | None = None
+        if self.regression:
+            y = self._targets(support_y, len(x))
+        else:
+            labels, y = self._classes(support_y, len(x))
+        evaluation = self.resolved.get("evaluation") or {}
+        steps = evaluation.get("inner_steps") if inner_steps is None else inner_steps
+        adapted = self.learner.adapt(self.model, self.params, x[None], y[None], inner_steps=steps)
+        return FittedModel(self, adapted, labels)
+
+    def inputs(self, rows: Rows, name: str) -> Tensor:
+        """[R, *input_shape] floating, checked, from an array or tensor. Raises InputError."""
+        array = np.asarray(rows.detach().cpu() if isinstance(rows, Tensor) else rows)
+        if array.shape[1:] != self.input_shape or not len(array):
+            raise InputError(
+                f"{name} has shape {array.shape}; the model was trained on rows of shape {self.input_shape}, expected "
+                f"{('rows', *self.input_shape)}"
+            )
+        if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+            raise InputError(f"{name} is of type {array.dtype}; expected numbers")
+        like = next(iter(self.params.values()))
+        if self.description["images"]:
+            if array.dtype == np.uint8:
+                array = array.astype(np.float32) / np.float32(255)
+            elif not np.issubdtype(array.dtype, np.floating):
+                raise InputError(f"{name} is of type {array.dtype}; expected images as uint8, or floating in [0, 1]")
+        if not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise InputError(f"{name} has a value in row {row} that is not finite; remove or replace it")
+        if self.description["images"] and (array.min() < 0 or array.max() > 1):
+            raise InputError(
+                f"{name} has values from {array.min():g} to {array.max():g}; expected images as uint8, or floating in "
+                "[0, 1] (divide by 255)"
+            )
+        return torch.from_numpy(np.ascontiguousarray(array)).to(like)
+
+    def _targets(self, rows: Rows, count: int) -> Tensor:
+        try:
+            array = np.asarray(rows.detach().cpu() if isinstance(rows, Tensor) else rows, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"support_y is not numeric: {error}; the model was trained on numeric targets") from error
+        array = array[:, None] if array.ndim == 1 else array
+        expected = (count, self.description["outputs"])
+        if array.shape != expected:
+            raise InputError(f"support_y has shape {array.shape}; expected {expected}")
+        if not np.isfinite(array).all():
+            raise InputError("support_y has a value that is not finite; remove the row")
+        return torch.from_numpy(array).to(next(iter(self.params.values())))
+
+    def _classes(self, rows: Rows, count: int) -> tuple[tuple[Any, ...], Tensor]:
+        given = rows.tolist() if isinstance(rows, np.ndarray | Tensor) else list(rows)
+        if len(given) != count:
+            raise InputError(f"support_y has {len(given)} labels for {count} rows of support_x")
+        try:
+            labels = tuple(sorted(set(given)))
+        except TypeError as error:
+            raise InputError(f"support_y has labels that cannot be put in one order: {error}") from error
+        wanted = 2 if self.learner.loss == "logistic" else self.description["outputs"]
+        if self.learner.needs_head and len(labels) != wanted:
+            raise InputError(
+                f"support_y has {len(labels)} classes ({', '.join(map(str, labels[:8]))}); the model was trained for "
+                f"{wanted}. Give {wanted} classes, or train with another tasks.ways."
+            )
+        places = {label: place for place, label in enumerate(labels)}
+        return labels, torch.tensor([places[label] for label in given])
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A model adapted to one task.
+
+    Attributes:
+        labels: the classes in the order of `predict_proba`'s columns; None for regression.
+    """
+
+    trained: TrainedLearner
+    adapted: Adapted
+    labels: tuple[Any, ...] | None
+
+    def outputs(self, x: Rows, transductive: bool = False) -> np.ndarray:
+        """[Q, outputs] the model's own outputs: class scores, a logit, or targets."""
+        rows = self.trained.inputs(x, "x")
+        learner, model = self.trained.learner, self.trained.model
+        if transductive:
+            return learner.predict(model, self.adapted, rows[None], statistics="batch")[0].numpy()
+        parts = [learner.predict(model, self.adapted, part[None])[0] for part in rows.split(ROWS_AT_ONCE)]
+        return torch.cat(parts).numpy()
+
+    def predict_proba(self, x: Rows, transductive: bool = False) -> np.ndarray:
+        """[Q, N] the probability of each class, columns in the order of `labels`.
+
+        Args:
+            x: [Q, *input_shape].
+            transductive: batch norms may use the statistics of all rows of x together (the papers' test); else each
+                row is treated alone, with the support set's.
+
+        Raises:
+            InputError: rows of another shape or type; a regression model has no probabilities.
+        """
+        if self.labels is None:
+            raise InputError("a regression model has no class probabilities; use predict")
+        outputs = torch.from_numpy(self.outputs(x, transductive)).double()
+        if self.trained.learner.loss == "logistic":
+            positive = torch.sigmoid(outputs[:, 0])
+            return torch.stack([1 - positive, positive], 1).numpy()
+        return outputs.softmax(1).numpy()
+
+    def predict(self, x: Rows, transductive: bool = False) -> np.ndarray:
+        """[Q] the label of each row, or [Q, D] its targets; arguments as in `predict_proba`."""
+        if self.labels is None:
+            return self.outputs(x, transductive)
+        return np.asarray(self.labels)[self.predict_proba(x, transductive).argmax(1)]
+
+    # As a plain module
+
+    def module(self) -> nn.Module:
+        """The user's own module with the adapted weights, in `eval()` mode; it predicts what `predict` does.
+
+        Its batch norms carry the support set's mean and (biased) variance as running statistics.
+
+        Raises:
+            InputError: the learner has no plain module, or a batch norm has no place for its statistics.
+        """
+        learner = self.trained.learner
+        if not isinstance(learner, GradientLearner) or not learner.needs_head:
+            raise InputError(
+                f"algorithm.name={self.trained.resolved['algorithm']['name']} predicts by comparing embeddings, not by "
+                "one module; use save() and predict()"
+            )
+        module = copy.deepcopy(self.trained.model).cpu().eval()
+        fast = {name: value[0] for name, value in self.adapted.fast.items()}
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(fast.get(name, self.adapted.shared.get(name, parameter)))
+            for name, calls in self.adapted.statistics.items():
+                layer = module.get_submodule(name) if name else module
+                if len(calls) != 1 or getattr(layer, "running_mean", None) is None:
+                    why = f"is called {len(calls)} times" if len(calls) != 1 else "keeps no running statistics"
+                    raise InputError(f"batch norm {name!r} {why}, so that no state dict can hold its statistics")
+                layer.running_mean.copy_(calls[0][0][0])  # type: ignore[union-attr, operator]
+                layer.running_var.copy_(calls[0][1][0])  # type: ignore[union-attr, operator]
+        return module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state dict of `module()`, for the user's own code to load. Raises InputError as `module`."""
+        return self.module().state_dict()
+
+    # Saving
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything that `FittedModel.load` needs into one safetensors file, atomically.
+
+        Raises:
+            InputError: labels that JSON cannot hold, or a path that cannot be written.
+        """
+        tensors = {
+            **{f"params.{name}": value for name, value in self.trained.params.items()},
+            **{f"fast.{name}": value for name, value in self.adapted.fast.items()},
+            **{f"shared.{name}": value for name, value in self.adapted.shared.items()},
+        }
+        for name, calls in self.adapted.statistics.items():
+            for call, (mean, variance) in enumerate(calls):
+                tensors[f"mean.{call}.{name}"], tensors[f"variance.{call}.{name}"] = mean, variance
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+        about = {
+            "format": FORMAT,
+            "labels": None if self.labels is None else list(self.labels),
+            "description": dict(self.trained.description),
+            "config": dict(self.trained.resolved),
+            "step": self.trained.step,
+            "names": list(tensors),
+            "sha256": _digest(tensors),
+        }
+        try:
+            metadata = {"raymeta": json.dumps(about)}
+        except TypeError as error:
+            raise InputError(f"labels cannot be saved: {error}; use texts or numbers as labels") from error
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            partial.write_bytes(safetensors.torch.save(tensors, metadata))
+            os.replace(partial, target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{target} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FittedModel:
+        """A fitted model that `save` wrote.
+
+        Raises:
+            InputError: another file, or one that is cut off or altered.
+        """
+        try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                about = json.loads((file.metadata() or {})["raymeta"])
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise InputError(f"{path} is no fitted model, or is cut off: {error}; expected a file of save()") from error
+        tensors = {name: found[name] for name in about["names"] if name in found}
+        if _digest(tensors) != about["sha256"]:
+            raise InputError(f"{path} was altered: its tensors are not those that were saved (SHA-256 differs)")
+        groups: dict[str, Params] = {}
+        for name, value in tensors.items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = value
+        statistics: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for key, mean in groups.get("mean", {}).items():
+            statistics.setdefault(key.partition(".")[2], []).append((mean, groups["variance"][key]))
+        trained_learner = TrainedLearner.make(about["config"], groups["params"], about["description"], about["step"])
+        adapted = Adapted(groups.get("fast", {}), groups.get("shared", {}), statistics)
+        return cls(trained_learner, adapted, None if about["labels"] is None else tuple(about["labels"]))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()

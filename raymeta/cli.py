@@ -1,0 +1,421 @@
+"""The command line. Exit codes: 0 done; 1 the run failed; 2 the input was wrong; 130, 143 stopped by a signal, after a
+checkpoint. Results go to stdout; progress, logs and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from raymeta.errors import InputError, RunError
+
+EXIT_FAILED, EXIT_INPUT = 1, 2
+
+log = logging.getLogger("raymeta")
+
+
+class Stopped(Exception):
+    """A run ended on a signal, after its checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script `raymeta`."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one command."""
+    try:
+        commands(arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        return EXIT_INPUT
+    except InputError as error:
+        print(f"raymeta: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except RunError as error:
+        print(f"raymeta: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Stopped as stopped:
+        return 128 + stopped.number
+    except (KeyboardInterrupt, click.Abort):
+        print("raymeta: interrupted before there was a run to keep", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="raymeta", prog_name="raymeta")
+def commands() -> None:
+    """Meta-learning on Ray: train on many small tasks a model that learns a new one from a few examples."""
+
+
+@contextmanager
+def answered_signals() -> Iterator[Callable[[], int | None]]:
+    """While inside, SIGINT and SIGTERM are remembered for the run to stop at its next step; a second one is not
+    waited for. Gives the function that tells which came."""
+    seen: list[int] = []
+
+    def remember(number: int, frame: types.FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: seen[0] if seen else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@commands.command()
+@click.argument("arguments", nargs=-1, metavar="[RECIPE | FILE.yaml] [section.key=value ...]")
+@click.option("--run-dir", help="Where the run's files go: a new directory, or a URI. Default: runs/RECIPE-TIME.")
+@click.option("--resume", is_flag=True, help="Go on from the run directory's last checkpoint, where there is one.")
+def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None:
+    """Meta-train. Without a recipe: omniglot-5w1s-maml."""
+    from raymeta import build
+    from raymeta.config import DEFAULT_RECIPE, load_config, require_resumable
+    from raymeta.progress import RunProgress
+    from raymeta.run_directory import RunDirectory
+    from raymeta.trainer import Interrupted
+
+    source, overrides = _source_and_overrides(arguments)
+    place = run_dir
+    there = RunDirectory(build.expand_run_dir(place)) if place else None
+    resolved_before = there.read_config() if resume and there is not None and there.has_config() else None
+    if source is None and resolved_before is not None:
+        config = load_config(resolved_before, overrides)
+    else:
+        config = load_config(source or DEFAULT_RECIPE, overrides)
+    place = place or config.run_dir
+    if place is None:
+        if resume:
+            raise InputError("--resume needs --run-dir (or run_dir in the configuration): the run to go on with")
+        name = Path(source or DEFAULT_RECIPE).stem
+        place = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = RunDirectory(build.expand_run_dir(place))
+    if resume and directory.has_config():
+        require_resumable(directory.read_config(), config.resolved(), str(directory))
+    console = Console(stderr=True)
+    console.print(f"run directory {directory}", highlight=False, soft_wrap=True)
+    parts = build.check(config)
+    directory.create(resume=resume)
+    with directory:
+        pool = build.make_pool(config)
+        # After the pool: ray.init puts a handler of its own in place.
+        with pool, answered_signals() as stop:
+            trainer = build.make_trainer(config, parts, pool, directory)
+            _restore(trainer, directory, resume)
+            directory.write_config(config.resolved())
+            _say_what_runs(console, config, pool, trainer)
+            with RunProgress(
+                config.outer.steps, trainer.step_number, config.outer.tasks_per_step, trainer.metric, console
+            ) as progress:
+                try:
+                    test = trainer.fit(progress.on_record, stop)
+                except Interrupted as interrupted:
+                    console.print(
+                        f"stopped after step {interrupted.step}; the same command with --run-dir {directory} --resume "
+                        "goes on from there",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+                    raise Stopped(interrupted.signal) from None
+    _print_test(test, config, parts)
+    print(f"run directory: {directory}")
+
+
+def _restore(trainer: Any, directory: Any, resume: bool) -> None:
+    """From the last checkpoint, where there is one; what was recorded after it is dropped."""
+    if not resume:
+        return
+    steps = directory.steps()
+    if steps:
+        trainer.restore(directory.load("latest"))
+        log.info("resuming after outer step %d", trainer.step_number)
+    directory.truncate_metrics(trainer.step_number if steps else None)
+
+
+def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> None:
+    device = pool.reports[0].device
+    console.print(
+        f"{config.tasks.name}, {config.model.name} ({trainer.layout.size:,} parameters), {config.algorithm.name}: "
+        f"{config.outer.steps:,} steps of {config.outer.tasks_per_step} tasks on {pool.workers} "
+        f"{config.workers.backend} worker{'s' if pool.workers > 1 else ''} ({device}, {config.workers.threads} "
+        f"thread{'s' if config.workers.threads > 1 else ''} each)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_test(test: dict[str, Any], config: Any, parts: Any) -> None:
+    from raymeta.progress import shown_metric
+
+    first = config.evaluation.statistics
+    print(f"\ntest, {_protocol(parts.evaluation_source)}, checkpoint of step {test['step']} (chosen by validation)")
+    for kind in (first, "support" if first == "batch" else "batch"):
+        found = test[kind]
+        print(
+            f"  {shown_metric(found['metric'], found['mean'], found['ci95'])}  on {found['episodes']:,} test tasks, "
+            f"{_adaptation(found)}, {STATISTICS[kind]}"
+        )
+
+
+STATISTICS = {
+    "batch": "batch statistics of the queries (transductive)",
+    "support": "statistics of the support set (inductive)",
+}
+
+
+def _adaptation(found: dict[str, Any]) -> str:
+    steps = found["inner_steps"]
+    return "no inner steps" if not steps else f"{steps} inner step{'s' if steps > 1 else ''}"
+
+
+def _protocol(source: Any) -> str:
+    """Ways, shots, queries, rotations and split of a task source, as far as it has them."""
+    from raymeta.tasks.class_episodes import ClassEpisodes
+
+    if isinstance(source, ClassEpisodes):
+        scheme = source.split_scheme or source.data.schemes[0]
+        turns = {"none": "no rotations", "per_class": "a rotation per class", "classes": "rotations as classes"}
+        return (
+            f"{source.ways}-way {source.shots}-shot, {source.queries} queries per class, {turns[source.rotations]}, "
+            f"split {scheme}"
+        )
+    values = [f"{getattr(source, name)} {name}" for name in ("shots", "queries") if hasattr(source, name)]
+    return ", ".join(values) or type(source).__name__
+
+
+@commands.command()
+@click.argument("run_dir")
+@click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
+@click.option("--episodes", type=click.IntRange(min=1), default=1000, show_default=True, help="How many tasks.")
+@click.option("--checkpoint", default="best", show_default=True, help="best, latest or a step.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def evaluate(
+    run_dir: str, overrides: tuple[str, ...], split: str, episodes: int, checkpoint: str, as_json: bool
+) -> None:
+    """Evaluate a run's checkpoint on tasks of a split."""
+    from raymeta import build
+    from raymeta.config import load_config
+    from raymeta.evaluation import evaluate as evaluate_split
+    from raymeta.params import ParameterLayout
+    from raymeta.progress import shown_metric
+    from raymeta.run_directory import RunDirectory
+
+    directory = RunDirectory(build.expand_run_dir(run_dir))
+    config = load_config(directory.read_config(), overrides)
+    found = directory.load(checkpoint)
+    parts = build.check(config)
+    _, learner, params = build.trained(config, found.params, build.describe_source(parts.source))
+    flat = ParameterLayout.of(params).flatten(params)
+    settings = build.evaluation_settings(config)
+    with build.make_pool(config) as pool:
+        results = evaluate_split(pool, flat, split, episodes, learner.metric, settings.inner_steps)
+    first = results[settings.statistics]
+    other = results["support" if settings.statistics == "batch" else "batch"]
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    **first.summary(),
+                    "checkpoint": found.step,
+                    "protocol": _protocol(parts.evaluation_source),
+                    "other_statistics": other.summary(),
+                    "run_dir": str(directory),
+                    "seed": config.seed,
+                }
+            )
+        )
+        return
+    print(f"{split}, {_protocol(parts.evaluation_source)}, checkpoint of step {found.step}")
+    for result in (first, other):
+        summary = result.summary()
+        print(
+            f"  {shown_metric(result.metric, result.mean, result.ci95)}  on {episodes:,} {split} tasks, "
+            f"{_adaptation(summary)}, {STATISTICS[result.statistics]}"
+        )
+
+
+@commands.command()
+@click.argument("run_dir")
+@click.option("--support", required=True, help="Rows to adapt to: Parquet, CSV or Arrow, or a folder of class folders.")
+@click.option("--query", required=True, help="Rows to predict: likewise, labels not needed; or a folder of images.")
+@click.option("--output", required=True, help="Predictions: a .csv, .parquet or .arrow file.")
+@click.option("--label", default="label", show_default=True, help="The label column of a table.")
+@click.option("--target", "targets", multiple=True, help="A numeric target column (once for each), for regression.")
+@click.option("--id", "id_column", help="A column that names the rows.")
+@click.option("--inner-steps", type=click.IntRange(min=0), help="Default: as in the run's evaluation.")
+@click.option("--transductive", is_flag=True, help="Batch norms may see the query rows together.")
+@click.option("--checkpoint", default="best", show_default=True, help="best, latest or a step.")
+@click.option("--save", "save_path", help="Also write the fitted model to this file.")
+def adapt(
+    run_dir: str,
+    support: str,
+    query: str,
+    output: str,
+    label: str,
+    targets: tuple[str, ...],
+    id_column: str | None,
+    inner_steps: int | None,
+    transductive: bool,
+    checkpoint: str,
+    save_path: str | None,
+) -> None:
+    """Adapt a run's model to a support file and predict a query file."""
+    from raymeta import adapted, build
+    from raymeta.data import adapt_files
+
+    writer = adapt_files.prediction_writer(output)
+    learner = adapted.load(build.expand_run_dir(run_dir), checkpoint)
+    reading: dict[str, Any] = {
+        "pixels": learner.description["images"],
+        "invert": learner.description["inverted"],
+        "label": label,
+        "id_column": id_column,
+    }
+    if learner.regression:
+        if not targets:
+            raise InputError("the model was trained on numeric targets; name their columns with --target")
+        reading["targets"] = targets
+    elif targets:
+        raise InputError("--target is for regression, but the model was trained on classes; use --label")
+    support_rows = adapt_files.read_support(support, learner.input_shape, **reading)
+    query_rows = adapt_files.read_query(
+        query, learner.input_shape, **reading, features=support_rows.features or None
+    )
+    y: Any = support_rows.targets if learner.regression else support_rows.labels
+    fitted = learner.adapt(support_rows.x, y, inner_steps)
+    predictions = fitted.predict(query_rows.x, transductive)
+    columns: dict[str, Any] = {"row": list(query_rows.names)}
+    if fitted.labels is None:
+        columns |= {name: predictions[:, place] for place, name in enumerate(targets)}
+    else:
+        probabilities = fitted.predict_proba(query_rows.x, transductive)
+        columns["prediction"] = predictions
+        columns |= {f"probability_{name}": probabilities[:, place] for place, name in enumerate(fitted.labels)}
+    writer(columns)
+    print(f"{len(query_rows):,} predictions in {output}, adapted to {len(support_rows):,} rows of {support}")
+    if fitted.labels is not None and query_rows.labels is not None:
+        right = sum(a == b for a, b in zip(predictions.tolist(), query_rows.labels, strict=True))
+        print(f"{right} of {len(query_rows):,} agree with the query file's own labels")
+    if save_path:
+        fitted.save(save_path)
+        print(f"fitted model in {save_path}")
+
+
+@commands.group()
+def data() -> None:
+    """Make and look at stores of examples."""
+
+
+@data.command("import")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--output", required=True, help="The store to make, NAME.arrow.")
+@click.option("--kind", type=click.Choice(["auto", "omniglot", "images", "table"]), default="auto", show_default=True)
+@click.option("--size", type=click.IntRange(min=1), help="Images: height and width to resize to.")
+@click.option("--gray", is_flag=True, help="Images: one channel.")
+@click.option("--invert", is_flag=True, help="Images: 255 - value, for dark ink on white paper.")
+@click.option("--label", default="label", show_default=True, help="Table: the column of classes.")
+@click.option("--feature", "features", multiple=True, help="Table: a feature column (once for each). Default: all.")
+@click.option("--split-column", help="Table: the column with train, validation or test for each class.")
+@click.option("--fractions", default="0.6,0.2,0.2", show_default=True, help="Of classes: train, validation, test.")
+@click.option("--seed", default=0, show_default=True, help="Of the random split.")
+def import_data(
+    sources: tuple[str, ...],
+    output: str,
+    kind: str,
+    size: int | None,
+    gray: bool,
+    invert: bool,
+    label: str,
+    features: tuple[str, ...],
+    split_column: str | None,
+    fractions: str,
+    seed: int,
+) -> None:
+    """Make a store from the original Omniglot folders, a folder of class folders of images, or a table."""
+    from raymeta.data import importers, tables
+
+    try:
+        parts = tuple(float(part) for part in fractions.split(","))
+    except ValueError:
+        raise InputError(f"--fractions {fractions!r}; expected three numbers such as 0.6,0.2,0.2") from None
+    if kind == "auto":
+        kind = "table" if tables.is_table(sources[0]) else "images"
+    if kind == "omniglot":
+        summary = importers.import_omniglot(sources, output, size=size or 28, fractions=parts, seed=seed)
+    elif len(sources) > 1:
+        raise InputError(f"--kind {kind} takes one SOURCE, got {len(sources)}")
+    elif kind == "images":
+        summary = importers.import_images(
+            sources[0], output, size=size, color="grayscale" if gray else "rgb", invert=invert, fractions=parts, seed=seed
+        )
+    else:
+        summary = importers.import_table(
+            sources[0], output, label=label, features=features or None, split_column=split_column,
+            fractions=parts, seed=seed,
+        )  # fmt: skip
+    print("\n".join(summary.lines()))
+
+
+@data.command()
+@click.argument("store", default="omniglot")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--verify", is_flag=True, help="Read everything and compare the checksum.")
+def info(store: str, as_json: bool, verify: bool) -> None:
+    """Say what a store holds. Without a path: the Omniglot inside the package."""
+    from raymeta.data.omniglot import open_omniglot
+    from raymeta.data.store import Store
+    from raymeta.data.summary import describe
+
+    opened = open_omniglot() if store == "omniglot" else Store.open(Path(store).expanduser())
+    if verify:
+        opened.verify()
+    summary = describe(opened)
+    print(json.dumps(summary.to_dict()) if as_json else "\n".join(summary.lines()))
+
+
+@commands.command()
+def recipes() -> None:
+    """List the recipes that ship, one line each."""
+    from raymeta.config import recipe_descriptions
+
+    descriptions = recipe_descriptions()
+    width = max(map(len, descriptions))
+    for name, description in descriptions.items():
+        print(f"{name:<{width}}  {description}")
+
+
+def _source_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe or file, if any, and the `section.key=value`s after it."""
+    source = arguments[0] if arguments and "=" not in arguments[0] else None
+    overrides = list(arguments[1:] if source is not None else arguments)
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"{override!r}: expected section.key=value after the recipe, such as outer.steps=1000")
+    return source, overrides
+
+
+if __name__ == "__main__":
+    main()
