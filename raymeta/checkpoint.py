@@ -156,7 +156,10 @@ def find_step(directory: Place, which: str | int = "latest") -> int:
         InputError: there is no such checkpoint; the message lists those that there are.
     """
     root = Storage.of(directory)
-    there = steps(root)
+    try:
+        there = steps(root)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{root.shown} cannot be read: {error}. Expected a run directory.") from error
     if not there:
         raise InputError(f"{root.shown} has no checkpoint; expected a run directory with {STEPS}/step-NNNNNNNN in it.")
     if which in POINTERS:

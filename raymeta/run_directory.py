@@ -152,8 +152,11 @@ class RunDirectory:
             raise RunError(f"{self}/{CONFIG} could not be written: {error}.") from error
 
     def has_config(self) -> bool:
-        """Whether there is a config.yaml."""
-        return self.storage.has_file(CONFIG)
+        """Whether there is a config.yaml. Raises InputError when the directory cannot be read."""
+        try:
+            return self.storage.has_file(CONFIG)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(f"{self} cannot be read: {error}. Expected a run directory.") from error
 
     def read_config(self) -> dict[str, Any]:
         """What config.yaml holds.

@@ -184,6 +184,12 @@ def test_missing_checkpoints_are_named_with_those_that_are_there(storage: Storag
         load(storage)
 
 
+def test_a_place_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("no directory")
+    with pytest.raises(InputError, match=rf"{tmp_path} (cannot be read|has no checkpoint).*xpected a run directory"):
+        load(tmp_path)
+
+
 FILES = ["params.safetensors", "optimizer.safetensors", "state.json"]
 
 
