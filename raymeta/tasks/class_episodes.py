@@ -46,6 +46,8 @@ class ClassEpisodes:
         rotations: "none"; "per_class", each class of a task turned by 0, 90, 180 or 270 degrees, drawn per task
             (the MAML paper); "classes", each class turned by each of the four is a class of its own (Prototypical
             Networks, Reptile). Two turns of one character may then meet in a task, as in those papers.
+        shift: in the split "train" each image is moved by up to so many pixels up or down and left or right, drawn for
+            each row; what moves in is 0 (the background of an inverted image). Validation and test are never moved.
         seed: of the draws.
 
     Inputs are float32 [C, H, W] in [0, 1] (uint8 / 255) or the features as they are. Rows are ordered by class, then
@@ -62,6 +64,7 @@ class ClassEpisodes:
     queries: int = 15
     split_scheme: str | None = None
     rotations: str = "none"
+    shift: int = 0
     seed: int = 0
 
     loss: ClassVar[str] = "cross_entropy"
@@ -72,6 +75,7 @@ class ClassEpisodes:
         require_at_least("shots", self.shots, 1)
         require_at_least("queries", self.queries, 1)
         require_one_of("rotations", self.rotations, ROTATIONS)
+        require_at_least("shift", self.shift, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         # The settings alone travel; the other process opens its own file.
@@ -133,6 +137,11 @@ class ClassEpisodes:
                 f"tasks.rotations={self.rotations!r}, but the rows of {self.data.path} have shape {shape}; only square "
                 "images [C, H, H] can be turned. Set tasks.rotations=none."
             )
+        if self.shift and not (len(shape) == 3 and self.shift < min(shape[1:])):
+            raise InputError(
+                f"tasks.shift={self.shift}, but the rows of {self.data.path} have shape {shape}; only images [C, H, W] "
+                "can be moved, by less than their size. Set tasks.shift=0."
+            )
         for split in splits:
             problem = self._problem(split)
             if problem:
@@ -164,9 +173,8 @@ class ClassEpisodes:
         turns = np.stack([draw[1] for draw in draws])  # [T, N] quarter turns
         examples = np.stack([draw[2] for draw in draws])  # [T, N, K + queries] positions in the class
         rows = self.data.class_starts[self._splits[split][classes]][..., None] + examples
-        support_x, query_x = (
-            self._inputs(rows[..., part], turns) for part in (slice(None, self.shots), slice(self.shots, None))
-        )
+        inputs = self._inputs(rows, turns, self._shifts(numbers, rows.shape) if split == "train" else None)
+        support_x, query_x = inputs[:, :, : self.shots].flatten(1, 2), inputs[:, :, self.shots :].flatten(1, 2)
         labels = torch.arange(self.ways)
         return Episodes(
             support_x=support_x,
@@ -194,8 +202,18 @@ class ClassEpisodes:
             return classes, turns, np.argsort(keys, axis=1, kind="stable")[:, :needed]
         return classes, turns, np.stack([random.choice(size, needed, replace=False) for size in sizes])
 
-    def _inputs(self, rows: np.ndarray, turns: np.ndarray) -> torch.Tensor:
-        """The inputs of rows [T, N, M], turned by quarter turns [T, N]: float32 [T, N * M, ...]."""
+    def _shifts(self, numbers: Sequence[int], shape: tuple[int, ...]) -> np.ndarray | None:
+        """How far each row of each task is moved, [2, T, N, M] from 0 (up, left) to 2 * shift; None: nothing is."""
+        if not self.shift:
+            return None
+        draws = [
+            generator(self.seed, "class_episodes", "shift", number).integers(0, 2 * self.shift + 1, (2, *shape[1:]))
+            for number in numbers
+        ]
+        return np.stack(draws, axis=1)
+
+    def _inputs(self, rows: np.ndarray, turns: np.ndarray, shifts: np.ndarray | None) -> torch.Tensor:
+        """The inputs of rows [T, N, M], turned by quarter turns [T, N] and moved: float32 [T, N, M, ...]."""
         tasks, ways, each = rows.shape
         x = self.data.rows(rows.reshape(-1))
         if turns.any():
@@ -204,12 +222,24 @@ class ClassEpisodes:
             for turn in (1, 2, 3):
                 here = np.flatnonzero(flat == turn)
                 x[here] = np.rot90(x[here], turn, axes=(-2, -1))
-        made = torch.from_numpy(x.reshape(tasks, ways * each, *self.data.shape))
+            x = x.reshape(-1, *x.shape[2:])
+        if shifts is not None:
+            x = moved(x, shifts.reshape(2, -1), self.shift)
+        made = torch.from_numpy(x.reshape(tasks, ways, each, *self.data.shape))
         return made if made.is_floating_point() else made.to(torch.float32).div_(255.0)
 
     def fingerprint(self) -> str:
         drawable = [split for split in SPLITS if not self._problem(split)]
         return fingerprint_of(self, drawable, self.data.checksum)
+
+
+def moved(images: np.ndarray, shifts: np.ndarray, margin: int) -> np.ndarray:
+    """Images [R, C, H, W], each moved by its own shifts [2, R] - margin rows and columns; what moves in is 0."""
+    height, width = images.shape[-2:]
+    padded = np.pad(images, ((0, 0), (0, 0), (margin, margin), (margin, margin)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(-2, -1))
+    row, column = 2 * margin - shifts
+    return windows[np.arange(len(images)), :, row, column]
 
 
 @dataclass(frozen=True)
