@@ -9,16 +9,12 @@ import statistics
 from collections import defaultdict, deque
 from dataclasses import dataclass
 
-from raymeta.errors import InputError
-
 
 @dataclass(frozen=True)
 class Deadlines:
-    """When a worker is slow, and when it is given up.
+    """When a worker is slow, when it is given up, and when its work is.
 
     Attributes:
-        wait_seconds: `workers.wait_seconds`: how long to wait for workers to be placed, or to come back when none is
-            left, before the run ends.
         first_seconds: a call of a kind that has no measured time yet (kernels are compiled in it) is given up then.
         least_seconds: no call is given up earlier.
         factor: a call is given up after so many times its expected time.
@@ -27,17 +23,12 @@ class Deadlines:
         attempts: so many workers may be lost over the same piece of work before the run ends.
     """
 
-    wait_seconds: float = 120.0
     first_seconds: float = 900.0
     least_seconds: float = 60.0
     factor: float = 20.0
     straggler_factor: float = 2.0
     straggler_seconds: float = 0.5
     attempts: int = 5
-
-    def __post_init__(self) -> None:
-        if self.wait_seconds <= 0:
-            raise InputError(f"workers.wait_seconds={self.wait_seconds}; expected a positive number of seconds.")
 
 
 class Pace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,11 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient
 from raymeta.workers.worker import MapFunction, WorkerReport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,29 @@ class WorkerPool(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def require_alike(reports: Sequence[WorkerReport]) -> None:
+    """Refuse workers with different data; say so where they compute differently.
+
+    Raises:
+        InputError: different data, models or kinds of device, naming two workers.
+    """
+    first = reports[0]
+    for number, report in enumerate(reports):
+        if report.fingerprints != first.fingerprints:
+            raise InputError(
+                f"worker 0 on {first.host} and worker {number} on {report.host} have different data: fingerprints "
+                f"{first.fingerprints} and {report.fingerprints}. Give every node the same files for `tasks`."
+            )
+        if (report.device, report.parameters) != (first.device, first.parameters):
+            raise InputError(
+                f"worker 0 on {first.host} has {first.parameters} parameters on {first.device}, worker {number} on "
+                f"{report.host} has {report.parameters} on {report.device}. Set workers.device, or use like machines."
+            )
+    numerics = sorted({f"torch {report.torch_version} on {report.numerics}" for report in reports})
+    if len(numerics) > 1:
+        logger.warning(
+            "the workers compute differently (%s): the last bits of results depend on who does what.",
+            "; ".join(numerics),
+        )

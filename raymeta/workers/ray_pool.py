@@ -32,8 +32,9 @@ from torch import Tensor
 from raymeta.errors import InputError, RunError
 from raymeta.meta_gradient import MetaGradient
 from raymeta.workers.deadlines import Deadlines, Pace
+from raymeta.workers.demand import check_demand, cluster_text, kinds, places, text
 from raymeta.workers.jobs import GradientJob, Head, Job, MapJob
-from raymeta.workers.pool import StepTimings, WorkerPool
+from raymeta.workers.pool import StepTimings, WorkerPool, require_alike
 from raymeta.workers.reduction import assign, chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.worker import (
     Build,
@@ -145,9 +146,10 @@ class RayPool(WorkerPool):
         count: workers; None: as many as GPUs, or else CPUs, are free, at least 1.
         cpus_per_worker: may be a fraction below 1.
         gpus_per_worker: None: 1 where the cluster has GPUs and the device is not "cpu", else 0.
-        deadlines: when a worker counts as slow, as hung, and when the run ends for want of workers.
+        wait_seconds: how long to wait for workers to be placed, or to come back when none is left, before the run ends.
         address: of a cluster to attach to; None: RAY_ADDRESS, or the Ray that is initialised already, or else a local
             cluster that ends with the pool.
+        deadlines: when a worker counts as slow, and when as hung.
 
     Raises:
         InputError: a demand that cannot be met, or workers whose data differ.
@@ -162,12 +164,14 @@ class RayPool(WorkerPool):
         count: int | None = None,
         cpus_per_worker: float = 1,
         gpus_per_worker: float | None = None,
-        deadlines: Deadlines | None = None,
+        wait_seconds: float = 120.0,
         address: str | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
         self._settings = settings or WorkerSettings()
         self._chunk_tasks = chunk_tasks
         tasks_per_chunk(chunk_tasks, "cpu")
+        self._wait_seconds = wait_seconds
         self._deadlines = deadlines or Deadlines()
         self._pace = Pace(self._deadlines)
         self._numbers = itertools.count()
@@ -177,7 +181,7 @@ class RayPool(WorkerPool):
         self._owns_group = False
         self._last_ready = time.monotonic()
         self.timings = StepTimings()
-        _check_demand(count, cpus_per_worker, gpus_per_worker)
+        check_demand(count, cpus_per_worker, gpus_per_worker, wait_seconds)
         self._owns_cluster = _connect(address)
         try:
             self._bundle = _bundle(cpus_per_worker, gpus_per_worker, self._settings.device)
@@ -201,29 +205,29 @@ class RayPool(WorkerPool):
         if outer is not None:
             # A trial of a search: its group is its share of the cluster, the first bundle the driver's own.
             bundles = outer.bundle_specs[1:] or outer.bundle_specs
-            fitting = sum(_fits(self._bundle, bundle) for bundle in bundles)
+            fitting = sum(places(self._bundle, bundle) for bundle in bundles)
             count = count or max(1, fitting)
             if count > fitting:
                 raise InputError(
-                    f"workers.count={count} with {_text(self._bundle)} each, but the placement group that this runs in "
-                    f"has {fitting} bundles for such workers: {[_text(bundle) for bundle in outer.bundle_specs]}."
+                    f"workers.count={count} with {text(self._bundle)} each, but the placement group that this runs in "
+                    f"has {fitting} bundles for such workers: {[text(bundle) for bundle in outer.bundle_specs]}."
                 )
             self._group = outer
         else:
-            free = ray.available_resources()
-            count = count or _free_places(self._bundle, free)
-            asked = f"{count} workers with {_text(self._bundle)} each"
+            # What is free is after the driver's own share, if it has one (a job's entrypoint).
+            count = count or max(1, places(self._bundle, ray.available_resources()))
+            asked = f"{count} workers with {text(self._bundle)} each"
             total = ray.cluster_resources()
             if self._owns_cluster and any(need * count > total.get(kind, 0) for kind, need in self._bundle.items()):
                 raise InputError(
-                    f"asked for {asked}, but this machine has {_text(_kinds(total))}. "
+                    f"asked for {asked}, but this machine has {text(kinds(total))}. "
                     f"Lower workers.count, workers.cpus_per_worker or workers.gpus_per_worker."
                 )
             self._group = placement_group([self._bundle] * count, strategy="PACK")
             self._owns_group = True
-            if not self._group.wait(self._deadlines.wait_seconds):
+            if not self._group.wait(self._wait_seconds):
                 raise InputError(
-                    f"asked for {asked} and waited {self._deadlines.wait_seconds:g} s (workers.wait_seconds); "
+                    f"asked for {asked} and waited {self._wait_seconds:g} s (workers.wait_seconds); "
                     f"{_cluster_text()}. Lower workers.count, workers.cpus_per_worker or workers.gpus_per_worker."
                 )
         self._members = [Member(number, self._start_actor(number)) for number in range(count)]
@@ -243,7 +247,7 @@ class RayPool(WorkerPool):
 
     def _set_up(self) -> tuple[WorkerReport, ...]:
         refs = [member.actor.setup.remote(self._build, self._settings) for member in self._members]
-        patience = max(self._deadlines.wait_seconds, 120.0)  # importing torch alone takes seconds, on a cold disk many
+        patience = max(self._wait_seconds, 120.0)  # importing torch alone takes seconds, on a cold disk many
         done, late = ray.wait(refs, num_returns=len(refs), timeout=patience)
         for member, ref in zip(self._members, refs, strict=True):
             if ref in done:
@@ -258,7 +262,7 @@ class RayPool(WorkerPool):
                 f"{len(late)} of {len(refs)} workers were not set up after {patience:g} s; {_cluster_text()}."
             )
         reports = tuple(member.report for member in self._members if member.report is not None)
-        _compare(reports)
+        require_alike(reports)
         return reports
 
     def close(self) -> None:
@@ -466,7 +470,7 @@ class RayPool(WorkerPool):
             if member.ref is not None:  # the set-up itself hangs
                 ray.kill(member.actor, no_restart=False)
             member.ref = member.actor.setup.remote(self._build, self._settings)
-            member.retry_at = now + max(self._deadlines.wait_seconds, self._deadlines.least_seconds)
+            member.retry_at = now + max(self._wait_seconds, self._deadlines.least_seconds)
 
     def _take_back(self, member: Member, ref: Any) -> None:
         """A set-up has ended: the worker is one of the living again, if it has the same data."""
@@ -490,6 +494,7 @@ class RayPool(WorkerPool):
                 )
             member.report = report
             member.away = False
+            self.reports = tuple(each.report for each in self._members if each.report is not None)
             logger.warning("worker %d is back (%s).", member.number, _where(member))
 
     def _require_workers(self, job: Job, missing: list[int]) -> None:
@@ -497,12 +502,12 @@ class RayPool(WorkerPool):
         now = time.monotonic()
         if any(not member.away for member in self._members):
             self._last_ready = now
-        elif now - self._last_ready > self._deadlines.wait_seconds:
+        elif now - self._last_ready > self._wait_seconds:
             reasons = "; ".join(f"worker {member.number}: {member.reason}" for member in self._members)
             raise RunError(
-                f"{job.what}: no worker could be had for {self._deadlines.wait_seconds:g} s (workers.wait_seconds), "
+                f"{job.what}: no worker could be had for {self._wait_seconds:g} s (workers.wait_seconds), "
                 f"{len(missing)} of {job.units} pieces of work are left; asked for {self.workers} workers with "
-                f"{_text(self._bundle)} each; {_cluster_text()}; {reasons}."
+                f"{text(self._bundle)} each; {_cluster_text()}; {reasons}."
             )
 
 
@@ -526,15 +531,6 @@ def _connect(address: str | None) -> bool:
     return True
 
 
-def _check_demand(count: int | None, cpus: float, gpus: float | None) -> None:
-    if count is not None and count < 1:
-        raise InputError(f"workers.count={count}; expected at least 1, or null for as many as there is room for.")
-    if cpus <= 0 or (cpus > 1 and cpus != int(cpus)):
-        raise InputError(f"workers.cpus_per_worker={cpus}; expected a fraction below 1 or a whole number from 1 on.")
-    if gpus is not None and not 0 <= gpus <= 1:
-        raise InputError(f"workers.gpus_per_worker={gpus}; expected 0 to 1: a worker computes on one GPU.")
-
-
 def _bundle(cpus: float, gpus: float | None, device: str) -> dict[str, float]:
     """What one worker reserves."""
     if gpus is None:
@@ -547,38 +543,6 @@ def _bundle(cpus: float, gpus: float | None, device: str) -> dict[str, float]:
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
-def _free_places(bundle: dict[str, float], free: dict[str, float]) -> int:
-    """How many workers fit into what is free (a job's entrypoint has its own share already), at least 1."""
-    return max(1, min(int(free.get(kind, 0.0) / need + 1e-6) for kind, need in bundle.items()))
-
-
-def _fits(bundle: dict[str, float], room: dict[str, float]) -> int:
-    """How many workers one bundle of a trial's group holds."""
-    return min(int(room.get(kind, 0.0) / need + 1e-6) for kind, need in bundle.items())
-
-
-def _compare(reports: Sequence[WorkerReport]) -> None:
-    """Different data: refuse. Different numerics: say so."""
-    first = reports[0]
-    for number, report in enumerate(reports):
-        if report.fingerprints != first.fingerprints:
-            raise InputError(
-                f"worker 0 on {first.host} and worker {number} on {report.host} have different data: fingerprints "
-                f"{first.fingerprints} and {report.fingerprints}. Give every node the same files for `tasks`."
-            )
-        if (report.device, report.parameters) != (first.device, first.parameters):
-            raise InputError(
-                f"worker 0 on {first.host} has {first.parameters} parameters on {first.device}, worker {number} on "
-                f"{report.host} has {report.parameters} on {report.device}. Set workers.device, or use like machines."
-            )
-    numerics = sorted({f"torch {report.torch_version} on {report.numerics}" for report in reports})
-    if len(numerics) > 1:
-        logger.warning(
-            "the workers compute differently (%s): the last bits of results depend on who does what.",
-            "; ".join(numerics),
-        )
-
-
 def _cause(error: exceptions.RayTaskError, where: str) -> Exception:
     """The user's error as the worker raised it, or one that says where an unexpected one came from."""
     if isinstance(error.cause, (InputError, RunError)):
@@ -586,18 +550,8 @@ def _cause(error: exceptions.RayTaskError, where: str) -> Exception:
     return RunError(f"{where} failed: {error}")
 
 
-def _kinds(resources: dict[str, float]) -> dict[str, float]:
-    return {kind: resources.get(kind, 0.0) for kind in ("CPU", "GPU")}
-
-
-def _text(resources: dict[str, float]) -> str:
-    return " and ".join(f"{value:g} {kind}" for kind, value in resources.items())
-
-
 def _cluster_text() -> str:
-    nodes = [_text(_kinds(node["Resources"])) for node in ray.nodes() if node["Alive"]]
-    free = _text(_kinds(ray.available_resources()))
-    return f"the cluster has {len(nodes)} nodes ({'; '.join(nodes)}), of which {free} are free"
+    return cluster_text([node["Resources"] for node in ray.nodes() if node["Alive"]], ray.available_resources())
 
 
 def _where(member: Member) -> str:
