@@ -5,7 +5,7 @@ Each importer writes the store and returns a `StoreSummary`; what it cannot use 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -210,9 +210,7 @@ def import_table(
         schemes, notes = random_splits(fractions, seed), {"random": _random_note(seed)}
     else:
         schemes, notes = given.schemes, {"given": f"the column {split_column!r} of the import"}
-    store = write_store(
-        out, _named(path, read()), schemes, notes=notes, licence=licence, source=f"table {path.name}", features=names
-    )
+    store = write_store(out, read(), schemes, notes=notes, licence=licence, source=f"table {path.name}", features=names)
     return describe(store)
 
 
@@ -248,16 +246,6 @@ def _as_rows(path: Path, column: str, x: np.ndarray) -> np.ndarray:
             f"{path}, column {column!r}: tensors of shape {x.shape[1:]} look like [H, W, C]; expected [C, H, W]."
         )
     return x
-
-
-def _named(path: Path, parts: Iterable[tuple[np.ndarray, list[str]]]) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """The same parts; a table without a row is refused by its name."""
-    empty = True
-    for part in parts:
-        empty = False
-        yield part
-    if empty:
-        raise InputError(f"{path} has no rows.")
 
 
 def _random_note(seed: int) -> str:

@@ -132,6 +132,8 @@ class Store:
                 "Make it again with `raymeta data import`."
             )
         self.info = StoreInfo.from_json(text.decode())
+        if not reader.schema.equals(schema_of(self.info)):
+            raise self._altered("its columns are not those that its metadata names")
         try:
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
             self.views = tuple(batch.column("x").to_numpy_ndarray() for batch in batches)
@@ -142,9 +144,6 @@ class Store:
         self._batch_starts = np.concatenate([[0], np.cumsum([len(view) for view in self.views], dtype=np.int64)])
         if self._batch_starts[-1] != self.class_starts[-1]:
             raise self._altered(f"it has {self._batch_starts[-1]} rows, its metadata {self.class_starts[-1]}")
-        expected = (self.info.shape, np.dtype(self.info.dtype))
-        if any((view.shape[1:], view.dtype) != expected for view in self.views):
-            raise self._altered("its rows have another shape or type than its metadata")
 
     @classmethod
     def open(cls, path: str | Path) -> Store:

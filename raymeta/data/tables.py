@@ -82,7 +82,8 @@ def feature_columns(
                 f"{path}: column {name!r} holds a tensor in each row, so it must be the only feature column; got "
                 f"{', '.join(names)}. Name the one to use."
             )
-        if not is_tensor(kind) and not _is_number(kind):
+        # What a CSV file holds is known when its rows are read.
+        if not is_tensor(kind) and not _is_number(kind) and path.suffix.lower() not in CSV:
             raise InputError(
                 f"{path}: column {name!r} holds {kind}, not numbers, so it cannot be a feature. Name the feature "
                 "columns, or make numbers of it."
@@ -118,8 +119,8 @@ def parts(
                 yield row, batch
                 row += len(batch)
     except _UNREADABLE as error:
-        if isinstance(error, InputError):
-            raise
+        if suffix in CSV:
+            _require_csv_numbers(path, columns, text)
         raise _unreadable(path, error) from error
 
 
@@ -228,6 +229,31 @@ def _open_csv(path: Path, columns: Sequence[str] | None, text: Collection[str]) 
         parse_options=pa.csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ","),
         convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(columns or ())),
     )
+
+
+def _require_csv_numbers(path: Path, columns: Sequence[str], text: Collection[str]) -> None:
+    """Raises InputError at the first value outside `text` that is no number; quiet where the file has another fault."""
+    row = 1
+    try:
+        with _open_csv(path, columns, columns) as reader:
+            for batch in reader:
+                for name in columns:
+                    if name not in text:
+                        _require_number_texts(path, batch.column(name).to_pylist(), name, row)
+                row += len(batch)
+    except (pa.ArrowException, OSError):
+        return
+
+
+def _require_number_texts(path: Path, values: list[str], name: str, first_row: int) -> None:
+    for row, value in enumerate(values):
+        try:
+            float(value or "nan")
+        except ValueError:
+            raise InputError(
+                f"{path}, row {first_row + row}, column {name!r}: {value!r} is no number. Name the feature columns, or "
+                "make numbers of it."
+            ) from None
 
 
 def _open_arrow(path: Path) -> pa.RecordBatchFileReader:
