@@ -120,7 +120,8 @@ class MapJob(Job):
     def __init__(
         self, function: MapFunction, split: str, batches: Sequence[Sequence[int]], units_per_call: int
     ) -> None:
-        name = getattr(function, "__qualname__", None) or type(function).__qualname__
+        plain = getattr(function, "func", function)  # what a functools.partial wraps
+        name = getattr(plain, "__qualname__", type(plain).__qualname__)
         self.kind = f"map {name}"
         self.what = f"{name} over split {split!r}"
         self.units = len(batches)
