@@ -16,3 +16,13 @@ TASK_SOURCES: dict[str, type] = {
     "logistic": LogisticRegression,
     "regression_table": RegressionTable,
 }
+
+__all__ = [
+    "TASK_SOURCES",
+    "ClassEpisodes",
+    "LinearRegression",
+    "LogisticRegression",
+    "Omniglot",
+    "RegressionTable",
+    "Sinusoid",
+]
