@@ -81,7 +81,8 @@ class Workers(Section):
     Attributes:
         backend: "ray": actors on the machine or cluster; "local": this process.
         count: how many workers; None: by the GPUs, else CPUs, that are free.
-        gpus_per_worker, cpus_per_worker: what Ray sets aside for each; None: a GPU where there is one.
+        gpus_per_worker, cpus_per_worker: what Ray sets aside for each, of a GPU one at most (a worker computes on
+            one); None: a GPU where there is one.
         threads: with which every worker and the driver compute on CPUs; part of what decides the bits.
         wait_seconds: how long an attached cluster may take to have room.
         address: of a Ray cluster to attach to; None: `RAY_ADDRESS`, or a new local one.
@@ -89,7 +90,7 @@ class Workers(Section):
 
     backend: Literal["local", "ray"] = "ray"
     count: int | None = Field(default=None, ge=1)
-    gpus_per_worker: float | None = Field(default=None, ge=0)
+    gpus_per_worker: float | None = Field(default=None, ge=0, le=1)
     cpus_per_worker: float = Field(default=1.0, gt=0)
     threads: int = Field(default=1, ge=1)
     wait_seconds: float = Field(default=60.0, ge=0)
@@ -107,8 +108,6 @@ class Workers(Section):
                     reason = "has no cluster; set it to null, or the backend to ray"
                     raise ValueError(_without_meaning("workers", self, name, "backend", reason))
         gpus = self.gpus_per_worker
-        if gpus is not None and gpus > 1 and gpus != int(gpus):
-            raise ValueError(f"workers.gpus_per_worker={gpus}; expected at most 1, or a whole number.")
         if self.device == "cpu" and gpus:
             raise ValueError(_without_meaning("workers", self, "gpus_per_worker", "device", "would leave them idle"))
         if self.device == "cuda" and gpus == 0:

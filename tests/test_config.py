@@ -196,7 +196,7 @@ REFUSED = [
     ("workers={backend: local, gpus_per_worker: 1}", r"workers\.gpus_per_worker=1\.0 with workers\.backend='local'"),
     ("workers={device: cpu, gpus_per_worker: 1}", r"workers\.gpus_per_worker=1\.0 with workers\.device='cpu'"),
     ("workers={device: cuda, gpus_per_worker: 0}", r"workers\.gpus_per_worker=0\.0 with workers\.device='cuda'"),
-    ("workers.gpus_per_worker=1.5", r"workers\.gpus_per_worker=1\.5; expected at most 1, or a whole number\."),
+    ("workers.gpus_per_worker=1.5", r"workers\.gpus_per_worker=1\.5; expected a number less than or equal to 1\."),
     ("workers.count=0", r"workers\.count=0; expected a number greater than or equal to 1"),
     ("workers.threads=0", r"workers\.threads=0"),
     ("evaluation.statistics=foo", r"evaluation\.statistics='foo': unknown; Allowed: batch, support\."),

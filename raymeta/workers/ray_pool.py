@@ -10,14 +10,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
 from ray import exceptions
 from ray.util.placement_group import (
@@ -32,19 +30,18 @@ from torch import Tensor
 from raymeta.errors import InputError, RunError
 from raymeta.meta_gradient import MetaGradient
 from raymeta.workers.deadlines import Deadlines, Pace
-from raymeta.workers.demand import check_demand, cluster_text, kinds, places, text
-from raymeta.workers.jobs import GradientJob, Head, Job, MapJob
+from raymeta.workers.demand import check_demand, kinds, places, text
+from raymeta.workers.jobs import GradientJob, Job, MapJob
 from raymeta.workers.pool import StepTimings, WorkerPool, require_alike
+from raymeta.workers.ray_cluster import bundle_of, connect, describe_cluster, first_line
+from raymeta.workers.ray_worker import NotSetUp, RemoteWorker
 from raymeta.workers.reduction import assign, chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.worker import (
     Build,
-    Chunk,
     DeviceError,
     MapFunction,
-    Worker,
     WorkerReport,
     WorkerSettings,
-    tensor_view,
 )
 
 logger = logging.getLogger(__name__)
@@ -60,54 +57,6 @@ LOST = (
 )
 RETRY_SECONDS = 0.5  # between attempts to set a lost worker up again
 FETCH_SECONDS = 60.0  # for a result that is there, from its node to the driver's
-
-
-class NotSetUp(RunError):
-    """The actor was restarted since it was set up."""
-
-
-class RemoteWorker:
-    """A `Worker` behind Ray. The constructor does nothing: one that fails would be restarted for ever."""
-
-    _worker: Worker | None = None
-
-    def setup(self, build: Build, settings: WorkerSettings) -> WorkerReport:
-        if settings.device == "auto" and not ray.get_gpu_ids():
-            settings = replace(settings, device="cpu")  # num_gpus=0 does not hide the GPUs
-        worker = Worker()
-        report = worker.setup(build, settings)
-        self._worker = worker
-        return report
-
-    def _ready(self) -> Worker:
-        if self._worker is None:
-            raise NotSetUp("the worker was restarted")
-        return self._worker
-
-    def meta_gradient(
-        self, flat: np.ndarray, version: int, step: int, share: list[Chunk], chunks: int
-    ) -> tuple[float, tuple[list[Head], list[np.ndarray]]]:
-        started = time.perf_counter()
-        parts = self._ready().meta_gradient(tensor_view(flat), step, share, chunks, version)
-        heads = [Head(part.node, part.tasks, part.metrics, part.bad_tasks) for part in parts]
-        arrays = [part.gradient.cpu().numpy() for part in parts]
-        return time.perf_counter() - started, (heads, arrays)
-
-    def map(
-        self,
-        flat: np.ndarray,
-        version: int,
-        function: MapFunction,
-        split: str,
-        batches: list[tuple[int, Sequence[int]]],
-    ) -> tuple[float, list[tuple[int, list[Any]]]]:
-        started = time.perf_counter()
-        worker, params = self._ready(), tensor_view(flat)
-        results = [(unit, worker.map(function, params, split, tasks, version)) for unit, tasks in batches]
-        return time.perf_counter() - started, results
-
-    def prepare(self, batches: list[range]) -> None:
-        self._ready().prepare(batches)
 
 
 @dataclass
@@ -182,9 +131,9 @@ class RayPool(WorkerPool):
         self._last_ready = time.monotonic()
         self.timings = StepTimings()
         check_demand(count, cpus_per_worker, gpus_per_worker, wait_seconds)
-        self._owns_cluster = _connect(address)
+        self._owns_cluster = connect(address)
         try:
-            self._bundle = _bundle(cpus_per_worker, gpus_per_worker, self._settings.device)
+            self._bundle = bundle_of(cpus_per_worker, gpus_per_worker, self._settings.device)
             self._place(count)
             self._build = ray.put(build)
             self.reports = self._set_up()
@@ -228,7 +177,7 @@ class RayPool(WorkerPool):
             if not self._group.wait(self._wait_seconds):
                 raise InputError(
                     f"asked for {asked} and waited {self._wait_seconds:g} s (workers.wait_seconds); "
-                    f"{_cluster_text()}. Lower workers.count, workers.cpus_per_worker or workers.gpus_per_worker."
+                    f"{describe_cluster()}. Lower workers.count, workers.cpus_per_worker or workers.gpus_per_worker."
                 )
         self._members = [Member(number, self._start_actor(number)) for number in range(count)]
 
@@ -259,7 +208,7 @@ class RayPool(WorkerPool):
                     raise _cause(error, f"setting up worker {member.number}") from error
         if late:
             raise RunError(
-                f"{len(late)} of {len(refs)} workers were not set up after {patience:g} s; {_cluster_text()}."
+                f"{len(late)} of {len(refs)} workers were not set up after {patience:g} s; {describe_cluster()}."
             )
         reports = tuple(member.report for member in self._members if member.report is not None)
         require_alike(reports)
@@ -317,7 +266,7 @@ class RayPool(WorkerPool):
         except exceptions.ObjectStoreFullError as error:
             raise RunError(
                 f"the parameters ({array.nbytes / 1e6:.0f} MB) do not fit into Ray's object store; "
-                f"{_cluster_text()}. Start Ray with a larger object_store_memory."
+                f"{describe_cluster()}. Start Ray with a larger object_store_memory."
             ) from error
 
     # Handing out work, and who does it when something goes wrong
@@ -383,7 +332,7 @@ class RayPool(WorkerPool):
         try:
             computed, result = ray.get(ref, timeout=FETCH_SECONDS)
         except LOST as error:
-            self._lose(member, call, job, number, failures, _first_line(error), kill=False)
+            self._lose(member, call, job, number, failures, first_line(error), kill=False)
             return
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, (NotSetUp, DeviceError)):
@@ -394,7 +343,7 @@ class RayPool(WorkerPool):
                 return  # the job that it was for has ended
             raise _cause(error, f"worker {member.number} in {job.what}") from error
         except exceptions.RayError as error:
-            raise RunError(f"worker {member.number} in {job.what} failed: {_first_line(error)}") from error
+            raise RunError(f"worker {member.number} in {job.what} failed: {first_line(error)}") from error
         self._pace.measured(call.kind, len(call.units), time.monotonic() - call.started)
         if call.number == number:
             job.accept(result)
@@ -478,10 +427,10 @@ class RayPool(WorkerPool):
         try:
             report = ray.get(ref, timeout=FETCH_SECONDS)
         except exceptions.ActorDiedError as error:
-            member.reason = _first_line(error)
+            member.reason = first_line(error)
             member.actor = self._start_actor(member.number)
         except LOST as error:
-            member.reason = _first_line(error)
+            member.reason = first_line(error)
         except exceptions.RayTaskError as error:
             member.reason = str(_cause(error, "setting it up again"))
             logger.warning("worker %d cannot be set up again: %s", member.number, member.reason)
@@ -507,40 +456,8 @@ class RayPool(WorkerPool):
             raise RunError(
                 f"{job.what}: no worker could be had for {self._wait_seconds:g} s (workers.wait_seconds), "
                 f"{len(missing)} of {job.units} pieces of work are left; asked for {self.workers} workers with "
-                f"{text(self._bundle)} each; {_cluster_text()}; {reasons}."
+                f"{text(self._bundle)} each; {describe_cluster()}; {reasons}."
             )
-
-
-def _connect(address: str | None) -> bool:
-    """Attach to a cluster, or start one here. True: it was started, and is to be ended."""
-    if ray.is_initialized():
-        return False
-    # Ray's own notes go to its log files; user code that prints must not write into the driver's output.
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is not None or os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, exceptions.RayError, RuntimeError) as error:
-            target = address or f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-            raise InputError(f"no Ray cluster can be reached at {target}: {_first_line(error)}") from error
-        return False
-    # Since Ray 2.60 a local cluster demands a token (RAY_AUTH_MODE=token, set by ray.init for this process and all
-    # that it starts) unless the user's environment says otherwise. Setting the variable here instead would come too
-    # late: ray has read it when it was imported.
-    ray.init(address="local", include_dashboard=False, **quiet)
-    return True
-
-
-def _bundle(cpus: float, gpus: float | None, device: str) -> dict[str, float]:
-    """What one worker reserves."""
-    if gpus is None:
-        gpus = 1 if device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    if device == "cuda" and not gpus:
-        raise InputError(
-            f"workers.device=cuda, but {_cluster_text()} and workers.gpus_per_worker={gpus:g}. "
-            f"Set workers.device=auto or cpu, or workers.gpus_per_worker=1 where there are GPUs."
-        )
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
 def _cause(error: exceptions.RayTaskError, where: str) -> Exception:
@@ -550,13 +467,5 @@ def _cause(error: exceptions.RayTaskError, where: str) -> Exception:
     return RunError(f"{where} failed: {error}")
 
 
-def _cluster_text() -> str:
-    return cluster_text([node["Resources"] for node in ray.nodes() if node["Alive"]], ray.available_resources())
-
-
 def _where(member: Member) -> str:
     return f"{member.report.host}, pid {member.report.pid}" if member.report else "not set up"
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
