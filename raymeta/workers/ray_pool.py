@@ -386,7 +386,7 @@ class RayPool(WorkerPool):
                 self._lose(member, call, job, number, failures, late, kill=True)
             elif now >= call.move_at and not call.moved and call.number == number and self._has_idle():
                 call.moved = True
-                logger.info(
+                logger.debug(
                     "worker %d (%s) is slow in %s: its work goes to others as well.",
                     *(member.number, _where(member), job.what),
                 )
