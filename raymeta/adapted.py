@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -94,8 +94,9 @@ class TrainedLearner:
         """Adapts to one task.
 
         Args:
-            support_x: [S, *input_shape]; images as uint8 (0 to 255) or floating in [0, 1].
-            support_y: [S] class labels of any kind (texts, numbers), or [S, D] (or [S]) numeric targets.
+            support_x: [S, *input_shape]; images as uint8 (0 to 255) or floating in [0, 1], ink bright where the
+                training images were inverted; features in the units of the training table.
+            support_y: [S] class labels (texts or numbers), or [S, D] (or [S]) numeric targets.
             inner_steps: None: as in the run's evaluation.
 
         Raises:
@@ -114,7 +115,7 @@ class TrainedLearner:
 
     def inputs(self, rows: Rows, name: str) -> Tensor:
         """[R, *input_shape] floating, checked, from an array or tensor. Raises InputError."""
-        array = np.asarray(rows.detach().cpu() if isinstance(rows, Tensor) else rows)
+        array = _array(rows, name)
         if array.shape[1:] != self.input_shape or not len(array):
             raise InputError(
                 f"{name} has shape {array.shape}; the model was trained on rows of shape {self.input_shape}, expected "
@@ -136,35 +137,55 @@ class TrainedLearner:
                 f"{name} has values from {array.min():g} to {array.max():g}; expected images as uint8, or floating in "
                 "[0, 1] (divide by 255)"
             )
+        units = self.units("x")
+        if units is not None:
+            array = (array - units[0]) / units[1]
         return torch.from_numpy(np.ascontiguousarray(array)).to(like)
 
+    def units(self, which: Literal["x", "y"]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and scale by which the training data's features ("x") or targets ("y") were standardised; None: they
+        were not."""
+        done = self.description["standardisation"]
+        if done is None:
+            return None
+        return np.asarray(done[f"{which}_mean"]), np.asarray(done[f"{which}_scale"])
+
     def _targets(self, rows: Rows, count: int) -> Tensor:
-        try:
-            array = np.asarray(rows.detach().cpu() if isinstance(rows, Tensor) else rows, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"support_y is not numeric: {error}; the model was trained on numeric targets") from error
+        array = _array(rows, "support_y")
+        if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+            raise InputError(f"support_y is of type {array.dtype}; the model was trained on numeric targets")
         array = array[:, None] if array.ndim == 1 else array
         expected = (count, self.description["outputs"])
         if array.shape != expected:
             raise InputError(f"support_y has shape {array.shape}; expected {expected}")
         if not np.isfinite(array).all():
-            raise InputError("support_y has a value that is not finite; remove the row")
-        return torch.from_numpy(array).to(next(iter(self.params.values())))
+            row = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise InputError(f"support_y has a value in row {row} that is not finite; remove or replace it")
+        units = self.units("y")
+        if units is not None:
+            array = (array - units[0]) / units[1]
+        return torch.from_numpy(np.ascontiguousarray(array)).to(next(iter(self.params.values())))
 
     def _classes(self, rows: Rows, count: int) -> tuple[tuple[Any, ...], Tensor]:
         given = rows.tolist() if isinstance(rows, np.ndarray | Tensor) else list(rows)
+        given = [label.item() if isinstance(label, np.generic | Tensor) else label for label in given]
         if len(given) != count:
             raise InputError(f"support_y has {len(given)} labels for {count} rows of support_x")
+        odd = next((label for label in given if not isinstance(label, str | int | float) or label != label), None)
+        if odd is not None or None in given:
+            raise InputError(f"support_y has the label {odd!r}; expected one text or number for each row")
         try:
             labels = tuple(sorted(set(given)))
         except TypeError as error:
-            raise InputError(f"support_y has labels that cannot be put in one order: {error}") from error
+            raise InputError("support_y has texts and numbers as labels; expected labels of one kind") from error
         wanted = 2 if self.learner.loss == "logistic" else self.description["outputs"]
         if self.learner.needs_head and len(labels) != wanted:
             raise InputError(
                 f"support_y has {len(labels)} classes ({', '.join(map(str, labels[:8]))}); the model was trained for "
                 f"{wanted}. Give {wanted} classes, or train with another tasks.ways."
             )
+        if len(labels) < 2:
+            raise InputError(f"support_y has the class {labels[0]!r} alone; expected two classes or more")
         places = {label: place for place, label in enumerate(labels)}
         return labels, torch.tensor([places[label] for label in given])
 
@@ -182,7 +203,7 @@ class FittedModel:
     labels: tuple[Any, ...] | None
 
     def outputs(self, x: Rows, transductive: bool = False) -> np.ndarray:
-        """[Q, outputs] the model's own outputs: class scores, a logit, or targets."""
+        """[Q, outputs] the model's own outputs: class scores, a logit, or targets (standardised as in training)."""
         rows = self.trained.inputs(x, "x")
         learner, model = self.trained.learner, self.trained.model
         if transductive:
@@ -212,7 +233,8 @@ class FittedModel:
     def predict(self, x: Rows, transductive: bool = False) -> np.ndarray:
         """[Q] the label of each row, or [Q, D] its targets; arguments as in `predict_proba`."""
         if self.labels is None:
-            return self.outputs(x, transductive)
+            units, outputs = self.trained.units("y"), self.outputs(x, transductive)
+            return outputs if units is None else (outputs * units[1] + units[0]).astype(outputs.dtype)
         return np.asarray(self.labels)[self.predict_proba(x, transductive).argmax(1)]
 
     # As a plain module
@@ -220,7 +242,8 @@ class FittedModel:
     def module(self) -> nn.Module:
         """The user's own module with the adapted weights, in `eval()` mode; it predicts what `predict` does.
 
-        Its batch norms carry the support set's mean and (biased) variance as running statistics.
+        Its batch norms carry the support set's mean and (biased) variance as running statistics. Where the training
+        data was standardised (`TrainedLearner.units`), so are its inputs and outputs.
 
         Raises:
             InputError: the learner has no plain module, or a batch norm has no place for its statistics.
@@ -228,8 +251,9 @@ class FittedModel:
         learner = self.trained.learner
         if not isinstance(learner, GradientLearner) or not learner.needs_head:
             raise InputError(
-                f"algorithm.name={self.trained.resolved['algorithm']['name']} predicts by comparing embeddings, not by "
-                "one module; use save() and predict()"
+                f"algorithm.name={self.trained.resolved['algorithm']['name']} predicts by more than the model itself "
+                "(prototypes, or a head of the task's own), so that no state dict of the model can hold it; use save() "
+                "and predict()"
             )
         module = copy.deepcopy(self.trained.model).cpu().eval()
         fast = {name: value[0] for name, value in self.adapted.fast.items()}
@@ -242,8 +266,8 @@ class FittedModel:
                 if len(calls) != 1 or getattr(layer, "running_mean", None) is None:
                     why = f"is called {len(calls)} times" if len(calls) != 1 else "keeps no running statistics"
                     raise InputError(f"batch norm {name!r} {why}, so that no state dict can hold its statistics")
-                layer.running_mean.copy_(calls[0][0][0])  # type: ignore[union-attr, operator]
-                layer.running_var.copy_(calls[0][1][0])  # type: ignore[union-attr, operator]
+                layer.running_mean.copy_(calls[0][0][0])  # type: ignore[operator]
+                layer.running_var.copy_(calls[0][1][0])  # type: ignore[operator]
         return module
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -256,7 +280,7 @@ class FittedModel:
         """Writes everything that `FittedModel.load` needs into one safetensors file, atomically.
 
         Raises:
-            InputError: labels that JSON cannot hold, or a path that cannot be written.
+            InputError: a path that cannot be written.
         """
         tensors = {
             **{f"params.{name}": value for name, value in self.trained.params.items()},
@@ -274,13 +298,10 @@ class FittedModel:
             "config": dict(self.trained.resolved),
             "step": self.trained.step,
             "names": list(tensors),
-            "sha256": _digest(tensors),
         }
-        try:
-            metadata = {"raymeta": json.dumps(about)}
-        except TypeError as error:
-            raise InputError(f"labels cannot be saved: {error}; use texts or numbers as labels") from error
-        target = Path(path)
+        text = json.dumps(about)
+        metadata = {"raymeta": text, "sha256": _digest(text, tensors)}
+        target = Path(path).expanduser()
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
             partial.write_bytes(safetensors.torch.save(tensors, metadata))
@@ -297,14 +318,20 @@ class FittedModel:
             InputError: another file, or one that is cut off or altered.
         """
         try:
-            with safetensors.safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["raymeta"])
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path} is no fitted model, or is cut off: {error}; expected a file of save()") from error
-        tensors = {name: found[name] for name in about["names"] if name in found}
-        if _digest(tensors) != about["sha256"]:
-            raise InputError(f"{path} was altered: its tensors are not those that were saved (SHA-256 differs)")
+            with safetensors.safe_open(str(Path(path).expanduser()), "pt") as file:
+                metadata = file.metadata() or {}
+                text, sealed = metadata["raymeta"], metadata["sha256"]
+                about = json.loads(text)
+                tensors = {name: file.get_tensor(name) for name in about["names"]}
+        except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise InputError(
+                f"{path} is no fitted model, or is cut off ({type(error).__name__}: {error}); expected a file that "
+                "save() wrote"
+            ) from error
+        if _digest(text, tensors) != sealed:
+            raise InputError(f"{path} was altered after it was saved: its SHA-256 differs")
+        if about["format"] != FORMAT:
+            raise InputError(f"{path} has format {about['format']}; this version of raymeta reads {FORMAT}")
         groups: dict[str, Params] = {}
         for name, value in tensors.items():
             group, _, rest = name.partition(".")
@@ -317,8 +344,21 @@ class FittedModel:
         return cls(trained_learner, adapted, None if about["labels"] is None else tuple(about["labels"]))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _array(rows: Rows, name: str) -> np.ndarray:
+    """`rows` as an array. Raises InputError where they are of several lengths."""
+    if isinstance(rows, np.ndarray):
+        return rows
+    if isinstance(rows, Tensor):
+        rows = rows.detach().cpu()
+        return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+    try:
+        return np.asarray([row.detach().cpu() if isinstance(row, Tensor) else row for row in rows])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} cannot be made an array: {error}; expected rows of one shape") from error
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
     for name, value in tensors.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")

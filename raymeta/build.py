@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,36 +22,77 @@ from torch import nn
 from raymeta.algorithms import FILLED_BY_BUILD, Learner
 from raymeta.algorithms.explain import explained
 from raymeta.config import Config, Part, load_config
-from raymeta.errors import InputError
+from raymeta.episodes import Episodes
+from raymeta.errors import InputError, nearest
 from raymeta.evaluation import EvaluationSettings
+from raymeta.metrics import LOSSES, METRICS
 from raymeta.outer_optimizer import OuterSettings
-from raymeta.params import Params, model_params
+from raymeta.params import ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
 from raymeta.seeding import digest
 from raymeta.tasks.class_episodes import ClassEpisodes
+from raymeta.tasks.regression_table import RegressionTable
 from raymeta.tasks.source import SPLITS, TaskSource
 from raymeta.trainer import MetaTrainer
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.pool import WorkerPool
 from raymeta.workers.worker import WorkerParts, WorkerSettings
 
+
 def make_source(config: Config) -> TaskSource:
     """The training tasks."""
-    made = config.tasks.part
-    seed = {"seed": config.seed} if "seed" in inspect.signature(made).parameters else {}
-    return made(**config.tasks.arguments, **seed)
+    return _made_source(config, {})
 
 
 def make_evaluation_source(config: Config, source: TaskSource) -> TaskSource:
     """The tasks of validation and test: those of training, but for what `evaluation` sets."""
-    wanted = {
-        name: getattr(config.evaluation, name)
-        for name in ("ways", "shots", "queries")
-        if getattr(config.evaluation, name) is not None
-    }
-    if not wanted:
-        return source
-    return dataclasses.replace(source, **wanted)  # type: ignore[type-var]
+    wanted = evaluation_changes(config)
+    return _made_source(config, wanted) if wanted else source
+
+
+def evaluation_changes(config: Config) -> dict[str, int]:
+    """The task source's settings that `evaluation` sets otherwise than training."""
+    values = {name: getattr(config.evaluation, name) for name in ("ways", "shots", "queries")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _made_source(config: Config, changes: Mapping[str, int]) -> TaskSource:
+    """Raises InputError where the constructor refuses its arguments, or what it made is no task source."""
+    made, arguments = config.tasks.part, {**config.tasks.arguments, **changes}
+    if "seed" in inspect.signature(made).parameters:
+        arguments["seed"] = config.seed
+    try:
+        source = made(**arguments)
+    except InputError as error:
+        raise (_with_changes(error, changes) if changes else error) from error
+    except Exception as error:  # the user's constructor may raise anything
+        raise InputError(f"tasks.name={config.tasks.name} cannot be made: {_told(error)}") from error
+    expected = ("loss", "metric", "outputs", "input_shape", "classes", "tasks", "fingerprint")
+    missing = [name for name in expected if not hasattr(source, name)]
+    if missing:
+        raise InputError(
+            f"tasks.name={config.tasks.name} made a {type(source).__name__} without {', '.join(missing)}; expected a "
+            "task source (raymeta.tasks.source.TaskSource)"
+        )
+    for name, known in (("loss", LOSSES), ("metric", METRICS)):
+        if getattr(source, name) not in known:
+            raise InputError(
+                f"tasks.name={config.tasks.name} has {name}={getattr(source, name)!r}; "
+                f"{nearest(str(getattr(source, name)), known)}"
+            )
+    return source
+
+
+def _with_changes(error: InputError, changes: Mapping[str, int]) -> InputError:
+    """The task source's own sentence, which says `tasks.`, with what `evaluation` set."""
+    settings = ", ".join(f"evaluation.{name}={value}" for name, value in changes.items())
+    return InputError(f"{error} (in validation and test, with {settings})")
+
+
+def _told(error: Exception) -> str:
+    """An error of the user's own code: what it says, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def make_model(section: Part, seed: int, input_shape: tuple[int, ...], outputs: int | None) -> nn.Module:
@@ -70,7 +112,7 @@ def make_model(section: Part, seed: int, input_shape: tuple[int, ...], outputs: 
         except InputError:
             raise
         except Exception as error:  # the user's constructor may raise anything
-            raise InputError(f"model.name={section.name} cannot be made: {error}") from error
+            raise InputError(f"model.name={section.name} cannot be made: {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"model.name={section.name} made a {type(model).__name__}; expected a torch.nn.Module")
     return model
@@ -98,7 +140,17 @@ def describe_source(source: TaskSource) -> dict[str, Any]:
         "training_classes": source.classes,
         "images": data is not None and data.dtype == np.uint8,
         "inverted": data is not None and data.info.inverted,
+        "features": list(data.info.features if data is not None else getattr(source, "feature_names", ())),
+        "targets": list(getattr(source, "targets", ())),
+        "standardisation": _standardisation(source),
     }
+
+
+def _standardisation(source: TaskSource) -> dict[str, Any] | None:
+    """What the task source did to features and targets, which a new task's rows need too; None: nothing."""
+    if not isinstance(source, RegressionTable) or source.standardise == "none":
+        return None
+    return {name: value.tolist() for name, value in vars(source.standardisation).items()}
 
 
 def make_model_and_learner(config: Config, description: Mapping[str, Any]) -> tuple[nn.Module, Learner]:
@@ -139,7 +191,7 @@ def _check_model(
     except Exception as error:
         raise InputError(
             f"model.name={name} cannot take rows of shape {input_shape}, which tasks.name={config.tasks.name} "
-            f"has: {error}"
+            f"has: {_told(error)}"
         ) from error
     if len(found) != 2 or found[0] != 2:
         raise InputError(
@@ -170,10 +222,12 @@ def check(config: Config) -> WorkerParts:
     """
     source = make_source(config)
     evaluation_source = make_evaluation_source(config, source)
-    for one, splits in ((source, SPLITS[:1]), (evaluation_source, SPLITS[1:])):
-        demand = getattr(one, "check", None)
-        if demand is not None:
-            demand(splits)
+    _check_tasks(config, source, SPLITS[:1])
+    try:
+        _check_tasks(config, evaluation_source, SPLITS[1:])
+    except InputError as error:
+        changes = evaluation_changes(config)
+        raise (_with_changes(error, changes) if changes else error) from error
     model, learner = make_model_and_learner(config, describe_source(source))
     if learner.needs_head and evaluation_source.outputs != source.outputs:
         raise InputError(
@@ -182,6 +236,41 @@ def check(config: Config) -> WorkerParts:
         )
     learner.init(model, config.seed)
     return WorkerParts(source, evaluation_source, model, learner)
+
+
+def _check_tasks(config: Config, source: TaskSource, splits: Sequence[str]) -> None:
+    """What the source itself can check, and one task of each split: shapes, labels, numbers.
+
+    Raises:
+        InputError: naming the split and what is wrong with its first task.
+    """
+    demand = getattr(source, "check", None)
+    if demand is not None:
+        demand(splits)
+    for split in splits:
+        where = f"tasks.name={config.tasks.name}: task 0 of split {split!r}"
+        try:
+            batch = source.tasks(split, [0])
+        except InputError:
+            raise
+        except Exception as error:  # the user's task source may raise anything
+            raise InputError(f"{where} cannot be drawn: {_told(error)}") from error
+        if not isinstance(batch, Episodes):
+            raise InputError(f"{where} is a {type(batch).__name__}; expected raymeta.episodes.Episodes")
+        found, expected = tuple(batch.support_x.shape[2:]), tuple(source.input_shape)
+        if found != expected:
+            raise InputError(f"{where} has rows of shape {found}, but its input_shape is {expected}")
+        batch = batch.filled()
+        for name, values in vars(batch).items():
+            if values is not None and values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                raise InputError(f"{where} has a value in {name} that is not finite; remove such rows from the data")
+        if source.loss == "cross_entropy":
+            labels = torch.cat([batch.support_y.flatten(), batch.query_y.flatten()])
+            if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= source.outputs:
+                raise InputError(
+                    f"{where} has labels of {labels.dtype} from {labels.min().item()} to {labels.max().item()}; "
+                    f"expected whole numbers from 0 to {source.outputs - 1} (outputs={source.outputs})"
+                )
 
 
 def make_pool(config: Config) -> WorkerPool:
@@ -216,13 +305,28 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
     return EvaluationSettings(section.every_steps, section.tasks, section.test_tasks, steps, section.statistics)
 
 
-def make_trainer(config: Config, parts: WorkerParts, pool: WorkerPool, run: RunDirectory | None) -> MetaTrainer:
-    """The trainer at its first step, or, with `initial_checkpoint`, from another run's weights."""
+def first_params(config: Config, parts: WorkerParts) -> Params:
+    """The parameters before the first step: the learner's, or those of `initial_checkpoint`.
+
+    Raises:
+        InputError: a checkpoint that cannot be read, or that has other parameters.
+    """
+    params = parts.learner.init(parts.model, config.seed)
+    if config.initial_checkpoint is None:
+        return params
+    layout = ParameterLayout.of(params)
+    return layout.ordered(read_initial_checkpoint(config.initial_checkpoint), config.initial_checkpoint)
+
+
+def make_trainer(
+    config: Config, parts: WorkerParts, pool: WorkerPool, run: RunDirectory | None, params: Params | None = None
+) -> MetaTrainer:
+    """The trainer at its first step. `params`: those that `first_params` gave; None: it is called here."""
     learner = parts.learner
     assert isinstance(learner, Learner)
-    trainer = MetaTrainer(
+    return MetaTrainer(
         pool,
-        learner.init(parts.model, config.seed),
+        first_params(config, parts) if params is None else params,
         learner.metric,
         OuterSettings(**config.outer.model_dump()),
         evaluation_settings(config),
@@ -230,9 +334,6 @@ def make_trainer(config: Config, parts: WorkerParts, pool: WorkerPool, run: RunD
         config.workers.threads,
         describe_source(parts.source),
     )
-    if config.initial_checkpoint is not None:
-        trainer.start_from(read_initial_checkpoint(config.initial_checkpoint))
-    return trainer
 
 
 def read_initial_checkpoint(place: str) -> Params:
@@ -245,14 +346,14 @@ def read_initial_checkpoint(place: str) -> Params:
 
 
 def trained(config: Config, params: Params, description: Mapping[str, Any]) -> tuple[nn.Module, Learner, Params]:
-    """Model, learner and parameters of a finished run, without its training data."""
+    """Model, learner and parameters of a finished run, without its training data.
+
+    Raises:
+        InputError: the configuration's model or learner has other parameters than those.
+    """
     model, learner = make_model_and_learner(config, description)
-    wanted = {name: tuple(value.shape) for name, value in learner.init(model, config.seed).items()}
-    found = {name: tuple(value.shape) for name, value in params.items()}
-    if wanted != found:
-        raise InputError("the checkpoint's parameters are not those of the model in its config.yaml")
-    assert model_params(params)
-    return model, learner, {name: params[name] for name in wanted}
+    layout = ParameterLayout.of(learner.init(model, config.seed))
+    return model, learner, layout.ordered(params, "the checkpoint")
 
 
 def expand_run_dir(place: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from raymeta import __version__
 from raymeta.errors import InputError, RunError
 
 EXIT_FAILED, EXIT_INPUT = 1, 2
@@ -54,13 +56,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return 128 + stopped.number
     except (KeyboardInterrupt, click.Abort):
-        print("raymeta: interrupted before there was a run to keep", file=sys.stderr)
+        print("raymeta: interrupted; no checkpoint was written for it (earlier ones are kept)", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # `raymeta recipes | head`: who read no longer does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     return 0
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="raymeta", prog_name="raymeta")
+@click.version_option(__version__, prog_name="raymeta")
 def commands() -> None:
     """Meta-learning on Ray: train on many small tasks a model that learns a new one from a few examples."""
 
@@ -92,38 +97,23 @@ def answered_signals() -> Iterator[Callable[[], int | None]]:
 def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None:
     """Meta-train. Without a recipe: omniglot-5w1s-maml."""
     from raymeta import build
-    from raymeta.config import DEFAULT_RECIPE, load_config, require_resumable
     from raymeta.progress import RunProgress
-    from raymeta.run_directory import RunDirectory
     from raymeta.trainer import Interrupted
 
-    source, overrides = _source_and_overrides(arguments)
-    place = run_dir
-    there = RunDirectory(build.expand_run_dir(place)) if place else None
-    resolved_before = there.read_config() if resume and there is not None and there.has_config() else None
-    if source is None and resolved_before is not None:
-        config = load_config(resolved_before, overrides)
-    else:
-        config = load_config(source or DEFAULT_RECIPE, overrides)
-    place = place or config.run_dir
-    if place is None:
-        if resume:
-            raise InputError("--resume needs --run-dir (or run_dir in the configuration): the run to go on with")
-        name = Path(source or DEFAULT_RECIPE).stem
-        place = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = RunDirectory(build.expand_run_dir(place))
-    if resume and directory.has_config():
-        require_resumable(directory.read_config(), config.resolved(), str(directory))
-    console = Console(stderr=True)
-    console.print(f"run directory {directory}", highlight=False, soft_wrap=True)
+    config, directory = _config_and_directory(arguments, run_dir, resume)
     parts = build.check(config)
     directory.create(resume=resume)
     with directory:
+        found = directory.load("latest") if resume and directory.steps() else None
+        params = build.first_params(config, parts) if found is None else found.params
+        console = Console(stderr=True)
+        console.print(f"run directory {directory}", highlight=False, soft_wrap=True)
         pool = build.make_pool(config)
         # After the pool: ray.init puts a handler of its own in place.
         with pool, answered_signals() as stop:
-            trainer = build.make_trainer(config, parts, pool, directory)
-            _restore(trainer, directory, resume)
+            trainer = build.make_trainer(config, parts, pool, directory, params)
+            if resume:
+                _restore(trainer, directory, found)
             directory.write_config(config.resolved())
             _say_what_runs(console, config, pool, trainer)
             with RunProgress(
@@ -143,15 +133,41 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
     print(f"run directory: {directory}")
 
 
-def _restore(trainer: Any, directory: Any, resume: bool) -> None:
-    """From the last checkpoint, where there is one; what was recorded after it is dropped."""
-    if not resume:
+def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume: bool) -> tuple[Any, Any]:
+    """What `train` is to run, and where; a run that is resumed without a recipe has its own configuration."""
+    from raymeta import build
+    from raymeta.config import DEFAULT_RECIPE, load_config, require_resumable
+    from raymeta.run_directory import RunDirectory
+
+    source, overrides = _source_and_overrides(arguments)
+    if run_dir is None:
+        run_dir = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("run_dir=")), None)
+    there = RunDirectory(build.expand_run_dir(run_dir)) if run_dir else None
+    if source is None and resume and there is not None and there.has_config():
+        config = load_config(there.read_config(), overrides)
+    else:
+        config = load_config(source or DEFAULT_RECIPE, overrides)
+    place = run_dir or config.run_dir
+    if place is None:
+        if resume:
+            raise InputError("--resume needs --run-dir (or run_dir in the configuration): the run to go on with")
+        name = Path(source or DEFAULT_RECIPE).stem
+        place = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = RunDirectory(build.expand_run_dir(place))
+    if resume and directory.has_config() and directory.steps():
+        require_resumable(directory.read_config(), config.resolved(), str(directory))
+    return config, directory
+
+
+def _restore(trainer: Any, directory: Any, found: Any) -> None:
+    """To the checkpoint `found`, or to a fresh start where it is None; what was recorded after it is dropped."""
+    if found is None:
+        directory.truncate_metrics(None)
         return
-    steps = directory.steps()
-    if steps:
-        trainer.restore(directory.load("latest"))
-        log.info("resuming after outer step %d", trainer.step_number)
-    directory.truncate_metrics(trainer.step_number if steps else None)
+    tested = found.state["test"] is not None
+    directory.truncate_metrics(found.step, without=None if tested else "test")
+    trainer.restore(found)
+    log.info("resuming after outer step %d", found.step)
 
 
 def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> None:
@@ -167,15 +183,21 @@ def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> No
 
 
 def _print_test(test: dict[str, Any], config: Any, parts: Any) -> None:
+    print(f"\ntest, {_protocol(parts.evaluation_source)}, checkpoint of step {test['step']} (chosen by validation)")
+    _print_summaries(test, config.evaluation.statistics)
+
+
+def _print_summaries(found: dict[str, Any], first: str) -> None:
+    """A line for each kind of statistics, `first` before the other; one where the model has no batch norms."""
     from raymeta.progress import shown_metric
 
-    first = config.evaluation.statistics
-    print(f"\ntest, {_protocol(parts.evaluation_source)}, checkpoint of step {test['step']} (chosen by validation)")
-    for kind in (first, "support" if first == "batch" else "batch"):
-        found = test[kind]
+    kinds = sorted(STATISTICS, key=lambda kind: kind != first)
+    alike = all(found[kinds[0]][name] == found[kinds[1]][name] for name in ("mean", "ci95", "loss"))
+    for kind in kinds[:1] if alike else kinds:
+        one = found[kind]
         print(
-            f"  {shown_metric(found['metric'], found['mean'], found['ci95'])}  on {found['episodes']:,} test tasks, "
-            f"{_adaptation(found)}, {STATISTICS[kind]}"
+            f"  {shown_metric(one['metric'], one['mean'], one['ci95'])}  on {one['episodes']:,} {one['split']} tasks, "
+            f"{_adaptation(one)}" + ("" if alike else f", {STATISTICS[kind]}")
         )
 
 
@@ -217,14 +239,14 @@ def evaluate(
 ) -> None:
     """Evaluate a run's checkpoint on tasks of a split."""
     from raymeta import build
+    from raymeta.checkpoint import without_non_finite
     from raymeta.config import load_config
     from raymeta.evaluation import evaluate as evaluate_split
     from raymeta.params import ParameterLayout
-    from raymeta.progress import shown_metric
     from raymeta.run_directory import RunDirectory
 
     directory = RunDirectory(build.expand_run_dir(run_dir))
-    config = load_config(directory.read_config(), overrides)
+    config = load_config(directory.read_config(), _overrides(overrides))
     found = directory.load(checkpoint)
     parts = build.check(config)
     _, learner, params = build.trained(config, found.params, build.describe_source(parts.source))
@@ -235,26 +257,18 @@ def evaluate(
     first = results[settings.statistics]
     other = results["support" if settings.statistics == "batch" else "batch"]
     if as_json:
-        print(
-            json.dumps(
-                {
-                    **first.summary(),
-                    "checkpoint": found.step,
-                    "protocol": _protocol(parts.evaluation_source),
-                    "other_statistics": other.summary(),
-                    "run_dir": str(directory),
-                    "seed": config.seed,
-                }
-            )
-        )
+        answer = {
+            **first.summary(),
+            "checkpoint": found.step,
+            "protocol": _protocol(parts.evaluation_source),
+            "other_statistics": other.summary(),
+            "run_dir": str(directory),
+            "seed": config.seed,
+        }
+        print(json.dumps(without_non_finite(answer), allow_nan=False))
         return
     print(f"{split}, {_protocol(parts.evaluation_source)}, checkpoint of step {found.step}")
-    for result in (first, other):
-        summary = result.summary()
-        print(
-            f"  {shown_metric(result.metric, result.mean, result.ci95)}  on {episodes:,} {split} tasks, "
-            f"{_adaptation(summary)}, {STATISTICS[result.statistics]}"
-        )
+    _print_summaries({kind: result.summary() for kind, result in results.items()}, settings.statistics)
 
 
 @commands.command()
@@ -284,7 +298,7 @@ def adapt(
 ) -> None:
     """Adapt a run's model to a support file and predict a query file."""
     from raymeta import adapted, build
-    from raymeta.data import adapt_files
+    from raymeta.data import adapt_files, tables
 
     writer = adapt_files.prediction_writer(output)
     learner = adapted.load(build.expand_run_dir(run_dir), checkpoint)
@@ -295,15 +309,19 @@ def adapt(
         "id_column": id_column,
     }
     if learner.regression:
+        targets = targets or tuple(learner.description["targets"])
         if not targets:
             raise InputError("the model was trained on numeric targets; name their columns with --target")
         reading["targets"] = targets
     elif targets:
         raise InputError("--target is for regression, but the model was trained on classes; use --label")
+    if tables.is_table(support):
+        there, known = tables.table_schema(Path(support)).names, tuple(learner.description["features"])
+        # In the order of training, whatever the order in this file; columns of other names count by their place.
+        reading["features"] = known if set(known) & set(there) else None
     support_rows = adapt_files.read_support(support, learner.input_shape, **reading)
-    query_rows = adapt_files.read_query(
-        query, learner.input_shape, **reading, features=support_rows.features or None
-    )
+    reading["features"] = support_rows.features or None
+    query_rows = adapt_files.read_query(query, learner.input_shape, **reading)
     y: Any = support_rows.targets if learner.regression else support_rows.labels
     fitted = learner.adapt(support_rows.x, y, inner_steps)
     predictions = fitted.predict(query_rows.x, transductive)
@@ -369,7 +387,13 @@ def import_data(
         raise InputError(f"--kind {kind} takes one SOURCE, got {len(sources)}")
     elif kind == "images":
         summary = importers.import_images(
-            sources[0], output, size=size, color="grayscale" if gray else "rgb", invert=invert, fractions=parts, seed=seed
+            sources[0],
+            output,
+            size=size,
+            color="grayscale" if gray else "rgb",
+            invert=invert,
+            fractions=parts,
+            seed=seed,
         )
     else:
         summary = importers.import_table(
@@ -410,11 +434,19 @@ def recipes() -> None:
 def _source_and_overrides(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe or file, if any, and the `section.key=value`s after it."""
     source = arguments[0] if arguments and "=" not in arguments[0] else None
-    overrides = list(arguments[1:] if source is not None else arguments)
+    return source, _overrides(arguments[1:] if source is not None else arguments)
+
+
+def _overrides(texts: Sequence[str]) -> list[str]:
+    """The `section.key=value`s, checked to be such."""
+    overrides = list(texts)
     for override in overrides:
         if "=" not in override:
-            raise InputError(f"{override!r}: expected section.key=value after the recipe, such as outer.steps=1000")
-    return source, overrides
+            raise InputError(f"{override!r}: expected section.key=value here, such as outer.steps=1000")
+    if "workers.backend=local" in overrides:
+        # What a cluster needs and one process does not have, unless the same command says it.
+        overrides = [*(f"workers.{name}=null" for name in ("count", "gpus_per_worker", "address")), *overrides]
+    return overrides
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ A message says what was got, what was expected and where to change it, in one se
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -29,6 +29,11 @@ class NonFiniteError(RunError):
         super().__init__(message)
         self.step = step
         self.tasks = tasks
+
+
+def listed(numbers: Sequence[int], most: int = 10) -> str:
+    """Numbers for a message, the first `most` of them."""
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

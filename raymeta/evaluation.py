@@ -6,12 +6,14 @@ seen together, transductive, as in the papers) or "support" (each query alone, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from raymeta.algorithms import Learner, Statistics
+from raymeta.errors import NonFiniteError, listed
 from raymeta.metrics import interval
 from raymeta.params import Params
 from raymeta.workers.pool import WorkerPool
@@ -47,7 +49,7 @@ class Evaluation:
     Attributes:
         mean, ci95: of the metric; ci95 is the half-width of the 95 % interval.
         loss: the mean loss.
-        values: the metric of each task, in index order.
+        values, losses: the metric and the loss of each task, in index order.
     """
 
     split: str
@@ -58,6 +60,7 @@ class Evaluation:
     ci95: float
     loss: float
     values: tuple[float, ...]
+    losses: tuple[float, ...]
 
     def summary(self) -> dict[str, Any]:
         """Without the values of the single tasks, for records and reports."""
@@ -72,6 +75,22 @@ class Evaluation:
             "inner_steps": self.inner_steps,
         }
 
+    def require_finite(self, step: int) -> None:
+        """Raises NonFiniteError naming outer step and tasks where a task's metric or loss is not finite."""
+        bad = tuple(
+            task
+            for task, numbers in enumerate(zip(self.values, self.losses, strict=True))
+            if not all(map(math.isfinite, numbers))
+        )
+        if bad:
+            raise NonFiniteError(
+                f"outer step {step}: the {self.split} loss or {self.metric} of tasks {listed(bad)} is not finite "
+                f"({len(bad)} of {len(self.values)} tasks). Lower algorithm.inner_rate, outer.rate or "
+                "evaluation.inner_steps, or look at the inputs of these tasks.",
+                step,
+                bad,
+            )
+
 
 def evaluate_tasks(
     parts: WorkerParts,
@@ -85,7 +104,7 @@ def evaluate_tasks(
     learner = parts.learner
     assert isinstance(learner, Learner), f"{type(learner)} is no Learner"
     like = next(iter(params.values()))
-    batch = parts.evaluation_source.tasks(split, indices).to(like.device, like.dtype)
+    batch = parts.evaluation_source.tasks(split, indices).to(like.device, like.dtype).filled()
     adapted = learner.adapt(
         parts.model, params, batch.support_x, batch.support_y, batch.support_mask, batch.tasks, inner_steps
     )
@@ -115,12 +134,9 @@ def evaluate(
     """
     function = partial(evaluate_tasks, inner_steps=inner_steps, statistics=tuple(statistics))
     results: list[TaskResult] = pool.map(function, params, split, range(tasks))
-    evaluations = {}
+    evaluations: dict[str, Evaluation] = {}
     for kind in statistics:
-        values = [result[kind][1] for result in results]
-        whole = interval(values)
-        loss = interval([result[kind][0] for result in results]).mean
-        evaluations[kind] = Evaluation(
-            split, metric, kind, inner_steps, whole.mean, whole.ci95, loss, tuple(values)
-        )
+        losses, values = zip(*(result[kind] for result in results), strict=True)
+        whole, loss = interval(values), interval(losses).mean
+        evaluations[kind] = Evaluation(split, metric, kind, inner_steps, whole.mean, whole.ci95, loss, values, losses)
     return evaluations

@@ -69,9 +69,7 @@ class OuterOptimizer:
 
     def __init__(self, flat: Tensor, layout: ParameterLayout, settings: OuterSettings) -> None:
         self.settings = settings
-        own = sum(
-            size for name, size in zip(layout.names, layout.sizes, strict=True) if name.startswith(MODEL)
-        )
+        own = sum(size for name, size in zip(layout.names, layout.sizes, strict=True) if name.startswith(MODEL))
         assert all(name.startswith(MODEL) for name in layout.names[: _count(layout, own)]), "model parameters lead"
         # Views: the optimiser's in-place steps are steps of `flat`.
         self._parts = [part for part in (flat[:own], flat[own:]) if part.numel()]

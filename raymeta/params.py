@@ -72,6 +72,24 @@ class ParameterLayout:
         pieces = flat.split(self.sizes)
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
+    def ordered(self, params: Mapping[str, Tensor], where: str) -> Params:
+        """`params` in the layout's order and dtype; `where` names them in the message.
+
+        Raises:
+            InputError: they have other names or shapes.
+        """
+        wanted = dict(zip(self.names, self.shapes, strict=True))
+        found = {name: tuple(value.shape) for name, value in params.items()}
+        if wanted != found:
+            different = [name for name in (*wanted, *found) if wanted.get(name) != found.get(name)]
+            name = different[0]
+            there, here = found.get(name, "missing"), wanted.get(name, "none of that name")
+            raise InputError(
+                f"{where} has other parameters than this model and learner: {name} is {there} there, {here} here "
+                f"({len(set(different))} differ). Set model.*, algorithm.* and tasks.ways as in the run that wrote it."
+            )
+        return {name: params[name].to(self.dtype) for name in self.names}
+
 
 def params_hash(flat: Tensor) -> str:
     """A SHA-256 of the bits of a flat vector: equal exactly when every bit is."""

@@ -25,7 +25,13 @@ class RunProgress:
     """
 
     def __init__(self, steps: int, done: int, tasks_per_step: int, metric: str, console: Console) -> None:
-        self.steps, self.done, self.tasks_per_step, self.metric, self.console = steps, done, tasks_per_step, metric, console
+        self.steps, self.done, self.tasks_per_step, self.metric, self.console = (
+            steps,
+            done,
+            tasks_per_step,
+            metric,
+            console,
+        )
         self.validation = ""
         self.smooth: dict[str, float] = {}
         self.weight = 0.0
@@ -43,9 +49,7 @@ class RunProgress:
             self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
 

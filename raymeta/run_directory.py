@@ -208,8 +208,10 @@ class RunDirectory:
             content = self.storage.read(METRICS) if self.storage.has_file(METRICS) else b""
         return [record for _, record in self._records(content)]
 
-    def truncate_metrics(self, step: int | None) -> None:
+    def truncate_metrics(self, step: int | None, without: str | None = None) -> None:
         """Drop the records after a step (None: all), so that a resumed run's file is an undisturbed one's.
+
+        Records of that very step whose `kind` is `without` are dropped too.
 
         TensorBoard is told to hide what it was given after that step.
 
@@ -221,7 +223,10 @@ class RunDirectory:
         self._purge_step = 0 if step is None else step + 1
         if path.exists():
             kept = [
-                line for line, record in self._records(path.read_bytes()) if step is not None and record["step"] <= step
+                line
+                for line, record in self._records(path.read_bytes())
+                if step is not None
+                and (record["step"] < step or (record["step"] == step and record.get("kind", "") != without))
             ]
             Storage.of(self._folder).write(METRICS, b"".join(kept))
 

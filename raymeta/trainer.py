@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raymeta.checkpoint import Checkpoint
-from raymeta.errors import InputError, NonFiniteError
+from raymeta.errors import NonFiniteError, listed
 from raymeta.evaluation import Evaluation, EvaluationSettings, evaluate
 from raymeta.meta_gradient import MetaGradient
 from raymeta.metrics import HIGHER_IS_BETTER
@@ -79,6 +79,7 @@ class MetaTrainer:
         self.best: dict[str, Any] | None = None  # the summary of the best validation so far, with its step
         self.validated_step = -1
         self.test: dict[str, Any] | None = None  # the test's summaries, once it is done
+        self._best_flat = self.flat  # its parameters, where there is no run directory to hold them
         self._sums: dict[str, float] = {}
         self._summed_steps, self._summed_seconds = 0, 0.0
 
@@ -128,7 +129,7 @@ class MetaTrainer:
 
         Args:
             on_record: called with ("step", ...) after each outer step, ("validation", ...) and ("test", ...).
-            stop: asked after each outer step; a signal's number ends the run after a checkpoint.
+            stop: asked before each outer step and before the test; a signal's number ends the run after a checkpoint.
 
         Returns:
             The test's summaries by kind of statistics (see `Evaluation.summary`), and `"step"`, the checkpoint's.
@@ -141,10 +142,7 @@ class MetaTrainer:
         if self.test is not None:
             return self.test
         while self.step_number < self.outer.steps:
-            signal = stop() if stop else None
-            if signal is not None:
-                self._save(best=False)
-                raise Interrupted(signal, self.step_number)
+            self._stop_if_asked(stop)
             record = self.step()
             self._record_training(record)
             emit("step", record)
@@ -152,6 +150,7 @@ class MetaTrainer:
                 self._validate(emit)
         if self.validated_step != self.step_number:  # no step was left to take
             self._validate(emit)
+        self._stop_if_asked(stop)
         return self._test_once(emit)
 
     def evaluate(self, split: str, tasks: int | None = None) -> dict[str, Evaluation]:
@@ -159,26 +158,27 @@ class MetaTrainer:
         count = self.evaluation.tasks if tasks is None else tasks
         return evaluate(self.pool, self.flat, split, count, self.metric, self.evaluation.inner_steps)
 
+    def _stop_if_asked(self, stop: Callable[[], int | None] | None) -> None:
+        signal = stop() if stop else None
+        if signal is not None:
+            self._save(best=False)
+            raise Interrupted(signal, self.step_number)
+
     def _validate(self, emit: Callable[[str, Record], None]) -> None:
         kind = self.evaluation.statistics
         settings = self.evaluation
         found = evaluate(
             self.pool, self.flat, "validation", settings.tasks, self.metric, settings.inner_steps, (kind,)
         )[kind]
-        if math.isnan(found.mean):
-            raise NonFiniteError(
-                f"the validation {self.metric} at outer step {self.step_number} is not a number in "
-                f"{sum(map(math.isnan, found.values))} of {len(found.values)} tasks; nothing was written. Lower "
-                "algorithm.inner_rate or outer.rate, or set outer.max_gradient_norm.",
-                self.step_number,
-                tuple(i for i, value in enumerate(found.values) if math.isnan(value)),
-            )
+        found.require_finite(self.step_number)
         record = {"step": self.step_number, "kind": "validation", **found.summary()}
         better = self.best is None or (
             found.mean > self.best["mean"] if HIGHER_IS_BETTER[self.metric] else found.mean < self.best["mean"]
         )
         if better:
             self.best = record
+            if self.run is None:
+                self._best_flat = self.flat.clone()
         self.validated_step = self.step_number
         self._write(record, {"validation/" + self.metric: found.mean, "validation/loss": found.loss})
         self._save(best=better)
@@ -186,16 +186,16 @@ class MetaTrainer:
 
     def _test_once(self, emit: Callable[[str, Record], None]) -> dict[str, Any]:
         """The test split, touched once, with the parameters that validation chose."""
-        last, step = self.flat.clone(), self.step_number
+        assert self.best is not None, "validation comes first"
+        step = self.best["step"]
         if self.run is not None:
-            chosen = self.run.load("best")
-            self.flat.copy_(self.layout.flatten(_ordered(chosen.params, self.layout)))
-            step = chosen.step
+            flat = self.layout.flatten(self.layout.ordered(self.run.load(step).params, "the checkpoint")).to(self.flat)
+        else:
+            flat = self._best_flat
         settings = self.evaluation
-        try:
-            found = evaluate(self.pool, self.flat, "test", settings.test_tasks, self.metric, settings.inner_steps)
-        finally:
-            self.flat.copy_(last)
+        found = evaluate(self.pool, flat, "test", settings.test_tasks, self.metric, settings.inner_steps)
+        for evaluation in found.values():
+            evaluation.require_finite(step)
         self.test = {"step": step, **{kind: evaluation.summary() for kind, evaluation in found.items()}}
         for evaluation in found.values():
             record = {"step": self.step_number, "kind": "test", "checkpoint": step, **evaluation.summary()}
@@ -252,33 +252,19 @@ class MetaTrainer:
         Raises:
             InputError: its parameters are not those of this run's model and learner.
         """
-        self.flat.copy_(self.layout.flatten(_ordered(checkpoint.params, self.layout)))
+        self.flat.copy_(self.layout.flatten(self.layout.ordered(checkpoint.params, "the checkpoint")))
         self.optimizer.load_state(checkpoint.optimizer)
         self.step_number = checkpoint.step
         state = checkpoint.state
-        self.best, self.validated_step, self.test = state["best"], state["validated_step"], state["test"]
+        self.validated_step, self.test = state["validated_step"], state["test"]
+        self.best = state["best"] if self.run is not None else None  # without a run, its parameters are nowhere
         self._sums, self._summed_steps, self._summed_seconds = state["sums"]
         if self.step_number < self.outer.steps:
             self.test = None  # the run was made longer: its test is yet to come
 
     def start_from(self, params: Mapping[str, Tensor]) -> None:
         """Starts a new run from another's parameters. Raises InputError as `restore`."""
-        self.flat.copy_(self.layout.flatten(_ordered(params, self.layout)))
-
-
-def _ordered(params: Mapping[str, Tensor], layout: ParameterLayout) -> Params:
-    """The checkpoint's parameters in the layout's order, checked to be the same names and shapes."""
-    wanted = dict(zip(layout.names, layout.shapes, strict=True))
-    found = {name: tuple(value.shape) for name, value in params.items()}
-    if wanted != found:
-        different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        first = different[0]
-        raise InputError(
-            f"the checkpoint has other parameters than this model and learner: {first} has shape {found.get(first)} "
-            f"there and {wanted.get(first)} here ({len(different)} differ). Set model.* and algorithm.* as in the run "
-            "that wrote it."
-        )
-    return {name: params[name].to(layout.dtype) for name in layout.names}
+        self.flat.copy_(self.layout.flatten(self.layout.ordered(params, "the checkpoint")))
 
 
 def require_finite(norm: float, total: MetaGradient, step: int) -> None:
@@ -289,8 +275,7 @@ def require_finite(norm: float, total: MetaGradient, step: int) -> None:
     """
     if math.isfinite(norm) and not total.bad_tasks:
         return
-    tasks = ", ".join(map(str, total.bad_tasks[:10])) + (", ..." if len(total.bad_tasks) > 10 else "")
-    where = f"tasks {tasks}" if total.bad_tasks else "the sum of finite task gradients"
+    where = f"tasks {listed(total.bad_tasks)}" if total.bad_tasks else "the sum of finite task gradients"
     raise NonFiniteError(
         f"outer step {step}: the loss or gradient of {where} is not finite ({len(total.bad_tasks)} of {total.tasks} "
         "tasks); the parameters are as before. Lower algorithm.inner_rate or outer.rate, set outer.max_gradient_norm, "

@@ -118,6 +118,15 @@ class RegressionTable:
         """What was done to features and targets; means 0 and scales 1 where nothing was."""
         return self._data.standardisation
 
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The feature columns, in the order of x."""
+        if self.features is not None:
+            return self.features
+        path = Path(self.path).expanduser()
+        words = [self.task_column, *([] if self.split_column is None else [self.split_column])]
+        return tables.feature_columns(path, tables.table_schema(path), None, [*words, *self.targets])
+
     def check(self, splits: Sequence[str] = SPLITS) -> None:
         """Read the table and see that each split has a task with rows enough.
 
