@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raymeta.algorithms.explain import explained
+from raymeta.algorithms.explain import explained, require_second_derivatives
 from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Rates
 from raymeta.algorithms.learner import Adapted, Learner, Statistics
 from raymeta.algorithms.outer_gradients import (
@@ -212,6 +212,9 @@ class GradientLearner(Learner):
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
         loop, query = self.training_loop(model, params, batch, step), self.query(model, params, batch, step)
         weights = self.step_weights(step)
+        if self.outer_gradient in ("exact", "implicit") and self.inner_steps:
+            own = model_params(params)
+            require_second_derivatives(model, own, self.fast_names(tuple(own)), batch.support_x[0])
         if self.outer_gradient == "displacement":
             return displacement(loop, params, query)
         if self.outer_gradient == "implicit":

@@ -148,12 +148,16 @@ class InnerLoop:
         fast = state["fast"]
         loss = self.objective(fast, params, number)
         values = list(fast.values())
-        if not loss.requires_grad:
+        gradients = (
+            torch.autograd.grad(loss.sum(), values, create_graph=second_order, allow_unused=True)
+            if loss.requires_grad
+            else [None] * len(values)
+        )
+        if all(gradient is None for gradient in gradients):
             raise InputError(
                 "the support loss does not depend on the parameters that a task changes "
                 f"({', '.join(fast)}); expected a model that computes with them, without torch.no_grad"
             )
-        gradients = torch.autograd.grad(loss.sum(), values, create_graph=second_order, allow_unused=True)
         # A fast parameter that the loss does not reach has gradient 0.
         named = {
             name: torch.zeros_like(value) if gradient is None else gradient

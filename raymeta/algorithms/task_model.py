@@ -49,6 +49,8 @@ class TaskModel:
         self.module = state_batch_norms(copy.deepcopy(module), self.switch)
         self.batching, self.precision = batching, precision
         self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
+        # The sets of fast parameters for which no function without a second derivative was found.
+        self.differentiable_twice: set[tuple[str, ...]] = set()
         self.recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
 
     def outputs(
@@ -108,12 +110,19 @@ class TaskModel:
         if self.batching == "vmap":  # which itself refuses draws, and writing to buffers
             return self._forward(params, x)
         before = _generator_states(x.device)
-        # Buffers that the module writes to are its copies: every call finds them as they were at first.
-        own = {name: value.clone() for name, value in self.module.named_buffers()}
-        outputs = self._forward({**own, **params}, x)
+        outputs = self._forward({**self._own_buffers(), **params}, x)
         if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(x.device), strict=True)):
             raise InputError(FOREIGN_DRAW)
         return outputs
+
+    def alone(self, params: Params, x: Tensor) -> Tensor:
+        """[B, ...] what the module puts out for the rows x [B, ...] of one task, without vmap and without dropout."""
+        with self.switch.set(), self._randomness(None):
+            return self._forward({**self._own_buffers(), **params}, x)
+
+    def _own_buffers(self) -> Params:
+        """Copies, for a module that writes to its buffers: every call finds them as they were at first."""
+        return {name: value.clone() for name, value in self.module.named_buffers()}
 
     def _forward(self, params: Params, x: Tensor) -> Tensor:
         if self.precision == "float32":
