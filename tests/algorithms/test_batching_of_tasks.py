@@ -1,0 +1,169 @@
+"""A task's result does not depend on the company it is computed in, nor on how: vmap, loop, padding, order of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from raymeta.algorithms import IMAML, LEARNERS, MAML, Learner, MultiTask, PrototypicalNetworks, Reptile
+from raymeta.episodes import Episodes
+from raymeta.params import Params
+
+
+@pytest.fixture
+def learners(small: Any) -> dict[str, Learner]:
+    """Every kind of learner, exact or not."""
+    return {
+        **small.exact,
+        "first_order": MAML(inner_rate=0.3, inner_steps=3, outer_gradient="first_order"),
+        "imaml": IMAML(inner_steps=5, solver_steps=3),
+        "reptile": Reptile(inner_rate=0.01, inner_steps=4, inner_batch=4),
+        "flat": MAML(inner_rate=0.3, inner_steps=3, memory="flat"),
+    }
+
+
+NAMES = [
+    "maml", "maml_momentum", "maml_adam", "maml_inner_batch", "anil", "meta_sgd", "maml_plus_plus",
+    "prototypical_networks", "multi_task", "first_order", "imaml", "reptile", "flat",
+]  # fmt: skip
+
+
+def alone(batch: Episodes) -> Iterator[Episodes]:
+    """Each task as a batch of one, cut to the rows that count."""
+    for task in range(len(batch)):
+        one = batch.select(task, task + 1)
+        support = one.support_mask[0] if one.support_mask is not None else slice(None)
+        query = one.query_mask[0] if one.query_mask is not None else slice(None)
+        yield Episodes(
+            one.support_x[:, support], one.support_y[:, support], one.query_x[:, query], one.query_y[:, query],
+            one.tasks, classes=one.classes,
+        )  # fmt: skip
+
+
+def summed(small: Any, learner: Learner, model: Any, params: Params, batch: Episodes) -> Params:
+    gradients = [small.gradient(learner, model, params, one) for one in alone(batch)]
+    return {name: sum(gradient[name] for gradient in gradients) for name in params}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_its_tasks_alone(small: Any, learners: Any, name: str, masks: bool) -> None:
+    learner = learners[name]
+    model, params, batch = small.problem(learner, "conv4", masks=masks)
+    assert not masks or len(set(batch.support_mask.sum(1).tolist())) == 3
+    result = learner.meta_gradient(model, params, batch, 0)
+    expected = summed(small, learner, model, params, batch)
+    assert small.relative_error(small.gradient(learner, model, params, batch), expected) < (
+        1e-7 if name in ("reptile", "maml_adam") else 1e-9
+    )
+    ones = [learner.meta_gradient(model, params, one, 0) for one in alone(batch)]
+    for metric, value in result.metrics.items():
+        assert value == pytest.approx(sum(one.metrics[metric] for one in ones), rel=1e-10)
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])
+@pytest.mark.parametrize("name", NAMES)
+def test_loop_equals_vmap(small: Any, learners: Any, name: str, masks: bool) -> None:
+    learner = learners[name]
+    model, params, batch = small.problem(learner, "conv4", masks=masks)
+    found = small.gradient(replace(learner, batching="loop"), model, params, batch)
+    # Adam divides the rounding of a gradient that is 0 (a bias before a batch norm) by epsilon.
+    tolerance = 1e-7 if name in ("reptile", "maml_adam") else 1e-10
+    assert small.relative_error(found, small.gradient(learner, model, params, batch)) < tolerance
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_is_the_tasks_own(small: Any, learners: Any, name: str) -> None:
+    """The same draws for a task alone, in a batch, and in loop mode; others for another step."""
+    learner = learners[name]
+    model, params, batch = small.problem(learner, "dropout")
+    found = small.gradient(learner, model, params, batch)
+    assert small.relative_error(summed(small, learner, model, params, batch), found) < 1e-10
+    looped = small.gradient(replace(learner, batching="loop"), model, params, batch)
+    assert small.relative_error(looped, found) < 1e-10
+    assert small.relative_error(small.gradient(learner, model, params, batch, step=1), found) > 1e-3
+    other = replace(batch, tasks=batch.tasks + 50)
+    assert small.relative_error(small.gradient(learner, model, params, other), found) > 1e-3
+    assert small.relative_error(small.gradient(replace(learner, seed=1), model, params, batch), found) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("maml_inner_batch", "reptile")])
+def test_the_order_of_rows_is_nothing(small: Any, learners: Any, name: str) -> None:
+    learner = learners[name]
+    model, params, batch = small.problem(learner, "conv4")
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    turned = replace(
+        batch, support_x=batch.support_x[:, order], support_y=batch.support_y[:, order],
+        query_x=batch.query_x.flip(1), query_y=batch.query_y.flip(1),
+    )  # fmt: skip
+    found = small.gradient(learner, model, params, turned)
+    assert small.relative_error(found, small.gradient(learner, model, params, batch)) < 1e-8
+
+
+@pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batching", ["vmap", "loop"])
+def test_adapting_and_predicting(small: Any, learners: Any, name: str, masks: bool, batching: Any) -> None:
+    """A batch of adaptations is each alone, for both statistics, with padding that holds nan."""
+    learner = replace(learners[name], batching=batching)
+    model, params, batch = small.problem(learner, "conv4", masks=masks)
+    adapted = learner.adapt(model, params, batch.support_x, batch.support_y, batch.support_mask, batch.tasks)
+    for statistics in ("support", "batch"):
+        outputs = learner.predict(model, adapted, batch.query_x, batch.query_mask, statistics)
+        assert not outputs.requires_grad
+        for task, one in enumerate(alone(batch)):
+            own = learner.adapt(model, params, one.support_x, one.support_y, None, one.tasks)
+            expected = learner.predict(model, own, one.query_x, None, statistics)[0]
+            count = slice(None) if batch.query_mask is None else batch.query_mask[task]
+            torch.testing.assert_close(outputs[task][count], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_mini_batches_pass_over_all_rows_that_count(small: Any) -> None:
+    learner = MAML(inner_batch=2, inner_steps=6)
+    mask = torch.tensor([[True] * 6, [True, False, True, True, False, True], [False] * 5 + [True]])
+    tasks = torch.tensor([5, 6, 7])
+    batches = learner.mini_batches(6, mask, tasks, "train", 0, 6, torch.device("cpu"))
+    assert batches is not None
+    seen = torch.stack([rows for rows, _ in batches], 1)  # [T, steps, 2]
+    assert seen[0].flatten()[:6].sort().values.tolist() == [0, 1, 2, 3, 4, 5]
+    assert seen[1].flatten().reshape(3, 4).sort(1).values.tolist() == [[0, 2, 3, 5]] * 3
+    assert set(seen[2].flatten().tolist()) == {5}
+    counts = batches[0][1]
+    assert counts is not None
+    assert counts.tolist() == [[True, True], [True, True], [True, False]]
+    again = learner.mini_batches(6, mask[1:2], tasks[1:2], "train", 0, 6, torch.device("cpu"))
+    assert again is not None
+    assert torch.equal(torch.stack([rows for rows, _ in again], 1)[0], seen[1])
+    other = learner.mini_batches(6, mask, tasks, "train", 1, 6, torch.device("cpu"))
+    assert other is not None
+    assert not torch.equal(torch.stack([rows for rows, _ in other], 1), seen)
+
+
+@pytest.mark.parametrize("learner", [PrototypicalNetworks(), MultiTask(training_classes=7, embedding_size=4)])
+def test_tasks_with_fewer_ways(small: Any, learner: Learner) -> None:
+    """A class that a task lacks has no part in it, and gives no nan."""
+    model, params, batch = small.problem(learner, "mlp", tasks=2)
+    few = batch.support_y.clone()
+    few[1] = few[1].clamp(max=1)
+    queries = batch.query_y.clone()
+    queries[1] = queries[1].clamp(max=1)
+    batch = replace(batch, support_y=few, query_y=queries)
+    found = small.gradient(learner, model, params, batch)
+    assert all(bool(value.isfinite().all()) for value in found.values())
+    assert small.relative_error(summed(small, learner, model, params, batch), found) < 1e-10
+    if isinstance(learner, PrototypicalNetworks):
+        adapted = learner.adapt(model, params, batch.support_x, batch.support_y)
+        scores = learner.predict(model, adapted, batch.query_x)
+        assert bool((scores[1, :, 2] == -torch.inf).all())
+        assert bool(scores[0].isfinite().all())
+
+
+def test_the_table_names_every_learner() -> None:
+    assert set(LEARNERS) == {
+        "maml", "first_order_maml", "anil", "meta_sgd", "maml_plus_plus", "imaml", "reptile",
+        "prototypical_networks", "multi_task",
+    }  # fmt: skip
