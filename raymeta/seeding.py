@@ -15,9 +15,19 @@ Key = int | str
 
 
 def digest(seed: int, *key: Key) -> bytes:
-    """16 bytes that name (seed, key...); distinct keys give distinct bytes (BLAKE2b over an unambiguous text)."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *key))
+    """16 bytes that name (seed, key...); distinct keys give distinct bytes (BLAKE2b over an unambiguous text).
+
+    An integer is the same key whatever its type (a NumPy integer, say).
+    """
+    text = "\x1f".join(_text(part) for part in (seed, *key))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _text(part: Key) -> str:
+    if isinstance(part, str):
+        # The separator must not occur in a part.
+        return "str:" + part.replace("\\", "\\\\").replace("\x1f", "\\x1f")
+    return f"int:{int(part)}"
 
 
 def generator(seed: int, *key: Key) -> np.random.Generator:
