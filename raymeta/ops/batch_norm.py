@@ -124,7 +124,8 @@ def state_batch_norms(module: nn.Module, switch: StatisticsSwitch) -> nn.Module:
     replaced: dict[int, StatedBatchNorm] = {}  # a layer that is used under two names stays one layer
     for path, child in list(module.named_modules(remove_duplicate=False)):
         if isinstance(child, nn.modules.instancenorm._InstanceNorm):
-            child.track_running_stats, child.running_mean, child.running_var = False, None, None
+            child.track_running_stats = False
+            child.running_mean = child.running_var = child.num_batches_tracked = None
         if not isinstance(child, nn.modules.batchnorm._BatchNorm):
             continue
         if type(child).forward not in _STANDARD:
