@@ -1,0 +1,114 @@
+"""Losses and metrics against torch's own, masks, and the interval by hand."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raymeta.errors import InputError
+from raymeta.metrics import HIGHER_IS_BETTER, LOSSES, METRICS, interval, task_losses, task_metrics
+
+T, Q = 3, 5
+
+
+@pytest.fixture
+def rows() -> dict[str, tuple[Tensor, Tensor]]:
+    """(outputs, targets) for each loss."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(T, Q, 4, generator=draw, dtype=torch.float64)
+    targets = torch.randn(T, Q, 2, generator=draw, dtype=torch.float64)
+    labels = torch.randint(4, (T, Q), generator=draw)
+    return {
+        "cross_entropy": (scores, labels),
+        "mean_squared_error": (scores[..., :2], targets),
+        "logistic": (scores[..., :1], labels % 2),
+    }
+
+
+def test_losses_are_torchs(rows: dict[str, tuple[Tensor, Tensor]]) -> None:
+    theirs = {
+        "cross_entropy": F.cross_entropy,
+        "mean_squared_error": F.mse_loss,
+        "logistic": lambda o, t: F.binary_cross_entropy_with_logits(o[:, 0], t.double()),
+    }
+    assert set(theirs) == set(LOSSES) == set(rows)
+    for name, (outputs, targets) in rows.items():
+        expected = torch.stack([theirs[name](o, t) for o, t in zip(outputs, targets, strict=True)])  # type: ignore[operator]
+        torch.testing.assert_close(task_losses(name, outputs, targets), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_metrics_by_hand() -> None:
+    scores = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 1.0]]])
+    assert task_metrics("accuracy", scores, torch.tensor([[1, 0, 0, 1]])).tolist() == [0.5]
+    logits = torch.tensor([[[0.3], [-2.0], [0.1], [-0.1]]])
+    assert task_metrics("binary_accuracy", logits, torch.tensor([[1, 0, 0, 0]])).tolist() == [0.75]
+    values, targets = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[0.0], [4.0]]])
+    assert task_metrics("mean_squared_error", values, targets).tolist() == [2.5]
+    assert set(HIGHER_IS_BETTER) == set(METRICS)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_masked_rows_count_in_nothing(rows: dict[str, tuple[Tensor, Tensor]], name: str) -> None:
+    outputs, targets = rows[name]
+    mask = torch.tensor([[True] * 5, [True, False, True, False, False], [False, False, False, False, True]])
+    broken = outputs.clone()
+    broken[~mask] = torch.inf
+    found = task_losses(name, broken, targets, mask)
+    for task in range(T):
+        kept = mask[task]
+        alone = task_losses(name, outputs[task][kept][None], targets[task][kept][None])
+        torch.testing.assert_close(found[task], alone[0])
+    torch.testing.assert_close(
+        task_losses(name, outputs, targets, torch.ones(T, Q).bool()), task_losses(name, outputs, targets)
+    )
+
+
+def test_shapes_that_would_broadcast() -> None:
+    column, flat = torch.randn(T, Q, 1), torch.randn(T, Q)
+    # One target a row may lack its last dimension; nothing is spread over rows.
+    expected = (column[..., 0] - flat).square().mean(1)
+    for outputs, targets in (
+        (column, flat),
+        (column, flat[..., None]),
+        (column[..., 0], flat),
+        (column[..., 0], flat[..., None]),
+    ):
+        torch.testing.assert_close(task_losses("mean_squared_error", outputs, targets), expected)
+    for width in (1, 3):
+        with pytest.raises(InputError, match=f"puts out {width} numbers for each row, but a target has 2"):
+            task_losses("mean_squared_error", torch.randn(T, Q, width), torch.randn(T, Q, 2))
+    with pytest.raises(InputError, match="puts out 2 numbers for each row; the logistic loss expects one"):
+        task_losses("logistic", torch.randn(T, Q, 2), torch.zeros(T, Q))
+    with pytest.raises(InputError, match="the logistic loss expects one"):
+        task_metrics("binary_accuracy", torch.randn(T, Q, 2), torch.zeros(T, Q))
+    assert task_losses("logistic", torch.zeros(1, 1), torch.zeros(1, 1)).tolist() == pytest.approx([math.log(2)])
+
+
+def test_the_interval_by_hand() -> None:
+    found = interval([1.0, 2.0, 3.0, 6.0])
+    assert (found.mean, found.count) == (3.0, 4)
+    # Squared deviations 4 + 1 + 0 + 9 = 14, over n - 1 = 3; divided by n = 4 for the mean.
+    assert found.ci95 == pytest.approx(1.96 * math.sqrt(14 / 3 / 4), rel=1e-15)
+    assert interval([0.5] * 10).ci95 == 0
+    single = interval([2.0])
+    assert (single.mean, single.count) == (2.0, 1)
+    assert math.isnan(single.ci95)
+    with pytest.raises(ValueError, match="no values"):
+        interval([])
+
+
+def test_the_interval_is_exact_and_says_what_is_not_finite() -> None:
+    values = [1e16, 1.0, -1e16, 3.0]
+    assert interval(values).mean == float(sum(map(Fraction, values)) / 4)
+    assert math.isnan(interval([1.0, math.nan]).mean)
+
+
+def test_the_interval_covers_the_mean_about_19_times_in_20() -> None:
+    draws = torch.rand(2000, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hits = [abs((found := interval(row.tolist())).mean - 0.5) <= found.ci95 for row in draws]
+    assert 0.93 < sum(hits) / len(hits) < 0.97
