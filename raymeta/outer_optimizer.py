@@ -69,8 +69,9 @@ class OuterOptimizer:
 
     def __init__(self, flat: Tensor, layout: ParameterLayout, settings: OuterSettings) -> None:
         self.settings = settings
-        own = sum(size for name, size in zip(layout.names, layout.sizes, strict=True) if name.startswith(MODEL))
-        assert all(name.startswith(MODEL) for name in layout.names[: _count(layout, own)]), "model parameters lead"
+        of_model = [name.startswith(MODEL) for name in layout.names]
+        assert of_model == sorted(of_model, reverse=True), "the model's parameters come first"
+        own = sum(size for size, model in zip(layout.sizes, of_model, strict=True) if model)
         # Views: the optimiser's in-place steps are steps of `flat`.
         self._parts = [part for part in (flat[:own], flat[own:]) if part.numel()]
         rates = [settings.rate, settings.rate if settings.learned_rate is None else settings.learned_rate]
@@ -119,15 +120,6 @@ class OuterOptimizer:
             grouped.setdefault(number, {})[variable] = value.clone()
         whole = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": grouped, "param_groups": whole["param_groups"]})
-
-
-def _count(layout: ParameterLayout, numbers: int) -> int:
-    total = 0
-    for place, size in enumerate(layout.sizes):
-        if total >= numbers:
-            return place
-        total += size
-    return len(layout.sizes)
 
 
 def _make(groups: list[dict[str, object]], settings: OuterSettings) -> torch.optim.Optimizer:
