@@ -24,6 +24,7 @@ from raymeta.algorithms.outer_gradients import OuterGradient
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled
 from raymeta.errors import InputError
+from raymeta.ops.batch_norm import LayerStatistics
 from raymeta.ops.draws import task_keys
 from raymeta.params import MODEL, Params, model_params
 from raymeta.seeding import torch_generator
@@ -31,6 +32,8 @@ from raymeta.seeding import torch_generator
 JOINT_WEIGHT, JOINT_BIAS = "joint_head.weight", "joint_head.bias"
 # The task's own head among the fast parameters: names that no parameter of a module can have.
 HEAD_WEIGHT, HEAD_BIAS = "task head/weight", "task head/bias"
+# Beside them in what an adaptation leaves: [T, N] bool, the classes of other tasks of the batch that a task lacks.
+HEAD_ABSENT = "task head/absent"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,8 @@ class MultiTask(MAML):
         prepared, weights, count = self.prepared(model), model_params(params), len(support_x)
         support_x, support_y = filled(support_x, support_y, support_mask)
         ways = int(support_y.max()) + 1
+        member = torch.nn.functional.one_hot(support_y, ways)  # rows that do not count repeat one that does
+        absent = member.sum(1) == 0
         steps = self.inner_steps if inner_steps is None else inner_steps
         numbers = torch.arange(count) if tasks is None else tasks
         batches = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
@@ -122,7 +127,7 @@ class MultiTask(MAML):
 
         def objective(fast: Params, params: Params, number: int) -> Tensor:
             x, y, mask = rows_of_step(support_x, support_y, support_mask, batches, number)
-            return self.losses(_with_head(prepared, fast, shared, x, mask, None), y, mask)
+            return self.losses(_with_head(prepared, fast, shared, absent, x, mask, None), y, mask)
 
         def rates(params: Params, number: int) -> Rates:
             return dict.fromkeys([*names, HEAD_WEIGHT, HEAD_BIAS], self.inner_rate)
@@ -131,7 +136,7 @@ class MultiTask(MAML):
             fast = InnerLoop(steps, start, objective, rates, self.rule()).run(params)
             body = {name: fast[name] for name in names}
             statistics = prepared.support_statistics(body, shared, support_x, support_mask)
-        return Adapted(fast, shared, statistics)
+        return Adapted({**fast, HEAD_ABSENT: absent}, shared, statistics)
 
     def predict(
         self,
@@ -145,15 +150,24 @@ class MultiTask(MAML):
             return super().predict(model, adapted, query_x, query_mask, statistics)
         given = adapted.statistics if statistics == "support" else None
         with torch.no_grad():
-            return _with_head(self.prepared(model), adapted.fast, adapted.shared, query_x, query_mask, given)
+            absent = adapted.fast[HEAD_ABSENT]
+            return _with_head(self.prepared(model), adapted.fast, adapted.shared, absent, query_x, query_mask, given)
 
 
-def _with_head(model: TaskModel, fast: Params, shared: Params, x: Tensor, mask: Tensor | None, given: object) -> Tensor:
-    """[T, B, N]: the embedding of x, and the task's own linear head on it."""
-    body = {name: value for name, value in fast.items() if name not in (HEAD_WEIGHT, HEAD_BIAS)}
-    embedded = model.outputs(body, shared, x, mask, None, given)  # type: ignore[arg-type]
-    weight, bias = fast[HEAD_WEIGHT], fast[HEAD_BIAS]
-    return embedded @ weight.transpose(1, 2) + bias[:, None]
+def _with_head(
+    model: TaskModel,
+    fast: Params,
+    shared: Params,
+    absent: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    given: LayerStatistics | None,
+) -> Tensor:
+    """[T, B, N]: the embedding of x, and the task's own linear head on it; -inf for classes that it lacks."""
+    body = {name: value for name, value in fast.items() if name not in (HEAD_WEIGHT, HEAD_BIAS, HEAD_ABSENT)}
+    embedded = model.outputs(body, shared, x, mask, None, given)
+    scores = embedded @ fast[HEAD_WEIGHT].transpose(1, 2) + fast[HEAD_BIAS][:, None]
+    return scores.masked_fill(absent[:, None], -torch.inf)
 
 
 def _joined(batch: Episodes) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -155,11 +155,14 @@ def test_tasks_with_fewer_ways(small: Any, learner: Learner) -> None:
     found = small.gradient(learner, model, params, batch)
     assert all(bool(value.isfinite().all()) for value in found.values())
     assert small.relative_error(summed(small, learner, model, params, batch), found) < 1e-10
-    if isinstance(learner, PrototypicalNetworks):
-        adapted = learner.adapt(model, params, batch.support_x, batch.support_y)
-        scores = learner.predict(model, adapted, batch.query_x)
-        assert bool((scores[1, :, 2] == -torch.inf).all())
-        assert bool(scores[0].isfinite().all())
+    adapted = learner.adapt(model, params, batch.support_x, batch.support_y)
+    scores = learner.predict(model, adapted, batch.query_x)
+    assert bool((scores[1, :, 2] == -torch.inf).all())
+    assert bool(scores[0].isfinite().all())
+    own = learner.adapt(model, params, batch.support_x[1:], batch.support_y[1:])
+    torch.testing.assert_close(
+        scores[1:, :, :2], learner.predict(model, own, batch.query_x[1:]), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_the_table_names_every_learner() -> None:
