@@ -123,16 +123,21 @@ class MetaTrainer:
     # The whole run
 
     def fit(
-        self, on_record: Callable[[str, Record], None] | None = None, stop: Callable[[], int | None] | None = None
+        self,
+        on_record: Callable[[str, Record], None] | None = None,
+        stop: Callable[[], int | None] | None = None,
+        test: bool = True,
     ) -> dict[str, Any]:
         """Trains to `outer.steps`, validates as it goes, and tests the best checkpoint once at the end.
 
         Args:
             on_record: called with ("step", ...) after each outer step, ("validation", ...) and ("test", ...).
             stop: asked before each outer step and before the test; a signal's number ends the run after a checkpoint.
+            test: False for a trial of a search, which chooses by validation: the test split is not touched.
 
         Returns:
-            The test's summaries by kind of statistics (see `Evaluation.summary`), and `"step"`, the checkpoint's.
+            The test's summaries by kind of statistics (see `Evaluation.summary`), and `"step"`, the checkpoint's;
+            without the test, the summary of the best validation.
 
         Raises:
             Interrupted: `stop` gave a signal; the checkpoint is written.
@@ -151,6 +156,9 @@ class MetaTrainer:
         if self.validated_step != self.step_number:  # no step was left to take
             self._validate(emit)
         self._stop_if_asked(stop)
+        if not test:
+            assert self.best is not None, "validation comes first"
+            return self.best
         return self._test_once(emit)
 
     def evaluate(self, split: str, tasks: int | None = None) -> dict[str, Evaluation]:
