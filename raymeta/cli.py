@@ -189,7 +189,7 @@ def _print_test(test: dict[str, Any], config: Any, parts: Any) -> None:
 
 def _print_summaries(found: dict[str, Any], first: str) -> None:
     """A line for each kind of statistics, `first` before the other; one where the model has no batch norms."""
-    from raymeta.progress import shown_metric
+    from raymeta.metrics import shown_metric
 
     kinds = sorted(STATISTICS, key=lambda kind: kind != first)
     alike = all(found[kinds[0]][name] == found[kinds[1]][name] for name in ("mean", "ci95", "loss"))
@@ -340,6 +340,17 @@ def adapt(
     if save_path:
         fitted.save(save_path)
         print(f"fitted model in {save_path}")
+
+
+@commands.command()
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...")
+@click.option("--output", required=True, help="The page to write, NAME.html.")
+def report(run_dirs: tuple[str, ...], output: str) -> None:
+    """Write one HTML page about runs: tests, curves and settings side by side."""
+    from raymeta.report import write_report
+
+    write_report(run_dirs, output)
+    print(f"{output}: {len(run_dirs)} run{'s' if len(run_dirs) > 1 else ''}")
 
 
 @commands.group()

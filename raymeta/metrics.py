@@ -114,3 +114,10 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean, math.nan, 1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     return Interval(mean, 1.96 * math.sqrt(variance / count), count)
+
+
+def shown_metric(metric: str, mean: float, ci95: float | None = None) -> str:
+    """A metric for people: accuracies in per cent, others as they are, with the 95 % interval where there is one."""
+    scale, unit, digits = (100.0, " %", 2) if metric.endswith("accuracy") else (1.0, "", 4)
+    half = "" if ci95 is None else f" ± {ci95 * scale:.{digits}f}"
+    return f"{metric.replace('_', ' ')} {mean * scale:.{digits}f}{half}{unit}"

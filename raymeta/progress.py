@@ -9,6 +9,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from raymeta.metrics import shown_metric
+
 # In a log, a line at least every so many seconds, and one for each validation.
 LOG_SECONDS = 20.0
 # The numbers shown are means that forget with this factor a step; a step's own are noise.
@@ -85,13 +87,6 @@ class RunProgress:
     def _say(self, text: str) -> None:
         self.line_time = time.monotonic()
         self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def shown_metric(metric: str, mean: float, ci95: float | None = None) -> str:
-    """A metric for people: accuracies in per cent, others as they are, with the 95 % interval where there is one."""
-    scale, unit, digits = (100.0, " %", 2) if metric.endswith("accuracy") else (1.0, "", 4)
-    half = "" if ci95 is None else f" ± {ci95 * scale:.{digits}f}"
-    return f"{metric.replace('_', ' ')} {mean * scale:.{digits}f}{half}{unit}"
 
 
 def _duration(seconds: float) -> str:
