@@ -72,7 +72,7 @@ def commands() -> None:
 
 @contextmanager
 def answered_signals() -> Iterator[Callable[[], int | None]]:
-    """While inside, SIGINT and SIGTERM are remembered for the run to stop at its next step; a second one is not
+    """While inside, SIGINT and SIGTERM are remembered for the run to stop with a checkpoint; a second one is not
     waited for. Gives the function that tells which came."""
     seen: list[int] = []
 
@@ -80,7 +80,7 @@ def answered_signals() -> Iterator[Callable[[], int | None]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+        log.warning("%s: stopping, with a checkpoint of the steps that are done", signal.Signals(number).name)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -19,7 +19,7 @@ from raymeta.metrics import HIGHER_IS_BETTER
 from raymeta.outer_optimizer import OuterOptimizer, OuterSettings, clip_by_global_norm
 from raymeta.params import ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
-from raymeta.workers.pool import WorkerPool
+from raymeta.workers.pool import Abandoned, WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,9 @@ class MetaTrainer:
 
         Args:
             on_record: called with ("step", ...) after each outer step, ("validation", ...) and ("test", ...).
-            stop: asked before each outer step and before the test; a signal's number ends the run after a checkpoint.
+            stop: asked before each outer step and before the test, and by the pool while workers compute: a signal's
+                number ends the run with a checkpoint of the steps that are done. (Whoever sends it may wait seconds
+                only, and a step, a validation or a test may take longer; the resumed run does it again.)
             test: False for a trial of a search, which chooses by validation: the test split is not touched.
 
         Returns:
@@ -146,25 +148,36 @@ class MetaTrainer:
         emit = on_record or (lambda kind, record: None)
         if self.test is not None:
             return self.test
-        while self.step_number < self.outer.steps:
+        self.pool.abandon = None if stop is None else lambda: stop() is not None
+        try:
+            while True:
+                if self._validation_is_due():
+                    self._validate(emit)
+                self._stop_if_asked(stop)
+                if self.step_number >= self.outer.steps:
+                    break
+                record = self.step()
+                self._record_training(record)
+                emit("step", record)
+            if not test:
+                assert self.best is not None, "validation comes first"
+                return self.best
+            return self._test_once(emit)
+        except Abandoned:
             self._stop_if_asked(stop)
-            record = self.step()
-            self._record_training(record)
-            emit("step", record)
-            if self.step_number % self.evaluation.every_steps == 0 or self.step_number == self.outer.steps:
-                self._validate(emit)
-        if self.validated_step != self.step_number:  # no step was left to take
-            self._validate(emit)
-        self._stop_if_asked(stop)
-        if not test:
-            assert self.best is not None, "validation comes first"
-            return self.best
-        return self._test_once(emit)
+            raise
+        finally:
+            self.pool.abandon = None
 
     def evaluate(self, split: str, tasks: int | None = None) -> dict[str, Evaluation]:
         """Evaluates the present parameters, under both kinds of statistics."""
         count = self.evaluation.tasks if tasks is None else tasks
         return evaluate(self.pool, self.flat, split, count, self.metric, self.evaluation.inner_steps)
+
+    def _validation_is_due(self) -> bool:
+        """Also after a resume: the signal may have come in the middle of a validation."""
+        step, steps = self.step_number, self.outer.steps
+        return self.validated_step != step and (step >= steps or (step > 0 and step % self.evaluation.every_steps == 0))
 
     def _stop_if_asked(self, stop: Callable[[], int | None] | None) -> None:
         signal = stop() if stop else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from raymeta.meta_gradient import MetaGradient
 from raymeta.workers.pool import StepTimings, WorkerPool
-from raymeta.workers.reduction import chunk_count, chunk_slices, tasks_per_chunk
+from raymeta.workers.reduction import Reducer, chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.worker import Build, Chunk, MapFunction, Worker, WorkerSettings
 
 
@@ -30,6 +31,7 @@ class LocalPool(WorkerPool):
         self._worker = Worker()
         self.reports = (self._worker.setup(build, settings or WorkerSettings()),)
         self.timings = StepTimings()
+        self._versions = itertools.count()
         self._chunk_tasks = chunk_tasks
         self._device = self.reports[0].device
         tasks_per_chunk(chunk_tasks, self._device)
@@ -42,8 +44,14 @@ class LocalPool(WorkerPool):
         started = time.perf_counter()
         chunks = chunk_count(len(indices), self._chunk_tasks, self._device)
         slices = chunk_slices(len(indices), chunks)
-        share = [Chunk(leaf, indices[piece.start : piece.stop]) for leaf, piece in enumerate(slices)]
-        (total,) = self._worker.meta_gradient(params, step, share, chunks)
+        reducer = Reducer(chunks, step)
+        version = next(self._versions)
+        for leaf, piece in enumerate(slices):
+            self._end_if_abandoned()
+            chunk = Chunk(leaf, indices[piece.start : piece.stop])
+            for part in self._worker.meta_gradient(params, step, [chunk], chunks, version):
+                reducer.add(part)
+        total = reducer.result()
         total = replace(total, gradient=total.gradient.to(params.device))
         seconds = time.perf_counter() - started
         self.timings = StepTimings(compute_seconds={0: seconds}, total_seconds=seconds)
@@ -52,8 +60,10 @@ class LocalPool(WorkerPool):
     def map(self, function: MapFunction, params: Tensor, split: str, indices: Sequence[int]) -> list[Any]:
         size = tasks_per_chunk(self._chunk_tasks, self._device)
         results: list[Any] = []
+        version = next(self._versions)
         for start in range(0, len(indices), size):
-            results += self._worker.map(function, params, split, indices[start : start + size])
+            self._end_if_abandoned()
+            results += self._worker.map(function, params, split, indices[start : start + size], version)
         return results
 
     def close(self) -> None:

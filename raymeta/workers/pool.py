@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -37,16 +37,23 @@ class StepTimings:
     total_seconds: float = 0.0
 
 
+class Abandoned(Exception):
+    """`WorkerPool.abandon` said so in the middle of a call: nothing came of it, and the pool can be used on."""
+
+
 class WorkerPool(ABC):
     """Workers that compute for the driver. Results do not depend on how many there are.
 
     Attributes:
         reports: what each worker said of itself when it was set up.
         timings: of the last `meta_gradient`.
+        abandon: asked at least once a second while workers compute (a pool in this process: between two batches);
+            True ends the call with `Abandoned`. None: never.
     """
 
     reports: tuple[WorkerReport, ...]
     timings: StepTimings
+    abandon: Callable[[], bool] | None = None
 
     @property
     @abstractmethod
@@ -65,6 +72,7 @@ class WorkerPool(ABC):
         Raises:
             TaskError: the user's model or a task raised; names the tasks.
             RunError: no worker is left that could go on.
+            Abandoned: see `abandon`.
         """
 
     @abstractmethod
@@ -77,6 +85,10 @@ class WorkerPool(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the workers and give back what they held. A second call does nothing."""
+
+    def _end_if_abandoned(self) -> None:
+        if self.abandon is not None and self.abandon():
+            raise Abandoned
 
     def __enter__(self) -> Self:
         return self

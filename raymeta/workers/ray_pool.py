@@ -278,6 +278,7 @@ class RayPool(WorkerPool):
         seconds: dict[int, float] = {}
         self._last_ready = time.monotonic()
         while missing := job.missing():
+            self._end_if_abandoned()
             self._hand_out(job, number, flat, missing, first=not seconds)
             self._revive()
             self._require_workers(job, missing)

@@ -11,6 +11,7 @@ from torch import nn
 from raymeta.errors import InputError
 from raymeta.params import ParameterLayout, params_hash
 from raymeta.workers.local_pool import LocalPool
+from raymeta.workers.pool import Abandoned
 from raymeta.workers.worker import TaskError, Worker, WorkerSettings
 
 
@@ -109,3 +110,19 @@ def test_settings_out_of_range_are_refused():
         WorkerSettings(threads=0)
     with pytest.raises(InputError, match=r"workers\.device='tpu'"):
         WorkerSettings(device="tpu")
+
+
+def test_an_abandoned_call_ends_between_two_batches_and_the_pool_goes_on(lines, params, first_numbers):
+    drawn: list[int] = []
+    with LocalPool(lines(act=drawn.append)) as pool:
+        whole = pool.meta_gradient(params, 0, range(32))
+        drawn.clear()
+        pool.abandon = lambda: len(drawn) >= 8
+        with pytest.raises(Abandoned):
+            pool.meta_gradient(params, 0, range(32))
+        assert drawn == list(range(8))
+        with pytest.raises(Abandoned):
+            pool.map(first_numbers, params, "test", range(32))
+        assert drawn == list(range(8))
+        pool.abandon = None
+        assert torch.equal(pool.meta_gradient(params, 0, range(32)).gradient, whole.gradient)
