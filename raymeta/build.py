@@ -21,13 +21,14 @@ from torch import nn
 
 from raymeta.algorithms import FILLED_BY_BUILD, Learner
 from raymeta.algorithms.explain import explained
+from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.config import Config, Part, load_config
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError, nearest
 from raymeta.evaluation import EvaluationSettings
 from raymeta.metrics import LOSSES, METRICS
 from raymeta.outer_optimizer import OuterSettings
-from raymeta.params import ParameterLayout, Params
+from raymeta.params import ParameterLayout, Params, model_params
 from raymeta.run_directory import RunDirectory
 from raymeta.seeding import digest
 from raymeta.tasks.class_episodes import ClassEpisodes
@@ -234,7 +235,9 @@ def check(config: Config) -> WorkerParts:
             f"evaluation.ways={evaluation_source.outputs}, but algorithm.name={config.algorithm.name} has a head of "
             f"{source.outputs} ways (tasks.ways). Set both alike, or use a learner that compares embeddings."
         )
-    learner.init(model, config.seed)
+    params = learner.init(model, config.seed)
+    if isinstance(learner, GradientLearner):
+        learner.fast_names(tuple(model_params(params)))
     return WorkerParts(source, evaluation_source, model, learner)
 
 

@@ -49,8 +49,10 @@ class Conv4(nn.Module):
         channels = (input_shape[0], *[filters] * blocks)
         self.blocks = nn.Sequential(*(_block(before, after, downsampling) for before, after in pairwise(channels)))
         self.pooling = pooling
+        self.eval()  # one image may leave one value per channel, and running statistics stay as they are
         with torch.no_grad():
             features = self.features(torch.zeros(1, *input_shape)).shape[1]
+        self.train()
         self.head = nn.Identity() if outputs is None else nn.Linear(features, outputs)
 
     def features(self, x: Tensor) -> Tensor:
