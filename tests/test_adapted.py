@@ -1,0 +1,514 @@
+"""Using the result: load, adapt, predict, save; the plain module; every refusal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+import raymeta
+from raymeta import build
+from raymeta.adapted import FittedModel, TrainedLearner
+from raymeta.config import load_config
+from raymeta.data.importers import import_table
+from raymeta.errors import InputError
+from raymeta.run_directory import RunDirectory
+
+SMALL: dict[str, Any] = {
+    "outer": {"steps": 2, "tasks_per_step": 2},
+    "workers": {"backend": "local"},
+    "evaluation": {"every_steps": 1, "tasks": 2, "test_tasks": 2},
+}
+OMNIGLOT = {"tasks": {"name": "omniglot", "ways": 3, "queries": 3}, "model": {"name": "conv4", "filters": 6}}
+SINUSOID = {"tasks": {"name": "sinusoid"}, "model": {"name": "mlp", "hidden": [8]}}
+LOGISTIC = {"tasks": {"name": "logistic", "dimensions": 4}, "model": {"name": "mlp", "hidden": [8]}}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "maml": {**OMNIGLOT, "algorithm": {"name": "maml", "inner_rate": 0.1, "inner_steps": 2}},
+    "anil": {**OMNIGLOT, "algorithm": {"name": "anil", "inner_rate": 0.5, "inner_steps": 2}},
+    "meta_sgd": {**OMNIGLOT, "algorithm": {"name": "meta_sgd"}},
+    "maml_plus_plus": {**OMNIGLOT, "algorithm": {"name": "maml_plus_plus", "inner_steps": 2}},
+    "prototypical": {**OMNIGLOT, "algorithm": {"name": "prototypical_networks"}},
+    "multi_task": {**OMNIGLOT, "algorithm": {"name": "multi_task", "inner_steps": 3}},
+    "mlp": {**OMNIGLOT, "model": {"name": "mlp", "hidden": [8]}, "algorithm": {"name": "maml"}},
+    "regression": {**SINUSOID, "algorithm": {"name": "maml", "inner_rate": 0.05}},
+    "logistic": {**LOGISTIC, "algorithm": {"name": "maml"}},
+}
+WITH_BATCH_NORM = ("maml", "anil", "meta_sgd", "maml_plus_plus", "prototypical", "multi_task")
+WITHOUT_HEAD = ("prototypical", "multi_task")
+
+
+def trained_of(raw: dict[str, Any]) -> TrainedLearner:
+    """A learner with its first weights: what a run of no steps leaves."""
+    config = load_config({**SMALL, **raw})
+    parts = build.check(config)
+    params = parts.learner.init(parts.model, 0)
+    return TrainedLearner.make(config.resolved(), params, build.describe_source(parts.source), 0)
+
+
+def task_of(learner: TrainedLearner, queries: int = 7) -> tuple[np.ndarray, Any, np.ndarray]:
+    """Support rows, their labels or targets, and query rows."""
+    random = np.random.default_rng(0)
+    if learner.regression:
+        x = random.uniform(-5, 5, (10, *learner.input_shape)).astype(np.float32)
+        return x, np.sin(x), random.uniform(-5, 5, (queries, *learner.input_shape)).astype(np.float32)
+    classes = 2 if learner.learner.loss == "logistic" else learner.description["outputs"]
+    labels = [f"class {number % classes}" for number in range(2 * classes)]
+    if learner.description["images"]:
+        rows = build.make_source(load_config(learner.resolved)).tasks("test", [0])
+        x = torch.cat([rows.support_x[0], rows.query_x[0]]).numpy()
+        return x[: len(labels)], labels, x[-queries:]
+    x = random.normal(size=(len(labels), *learner.input_shape)).astype(np.float32)
+    return x, labels, random.normal(size=(queries, *learner.input_shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def learners() -> dict[str, TrainedLearner]:
+    return {name: trained_of(raw) for name, raw in KINDS.items()}
+
+
+def run_of(place: Path, raw: dict[str, Any]) -> RunDirectory:
+    """A small run, to its end."""
+    config = load_config({**SMALL, **raw})
+    run = RunDirectory(place)
+    run.create()
+    with run, build.make_pool(config) as pool:
+        run.write_config(config.resolved())
+        build.make_trainer(config, build.check(config), pool, run).fit()
+    return run
+
+
+# Load and adapt
+
+
+def test_a_run_loads_adapts_and_predicts(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", KINDS["maml"])
+    learner = raymeta.load(tmp_path / "run")
+    best = run.load("best")
+    assert learner.step == best.step
+    assert all(torch.equal(learner.params[name], value) for name, value in best.params.items())
+    x, labels, query = task_of(learner)
+    fitted = learner.adapt(x, labels)
+    assert isinstance(fitted, raymeta.FittedModel)
+    assert fitted.labels == ("class 0", "class 1", "class 2")
+    probabilities = fitted.predict_proba(query)
+    assert probabilities.shape == (7, 3)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    assert list(fitted.predict(query)) == [fitted.labels[place] for place in probabilities.argmax(1)]
+    for checkpoint, step in (("latest", 2), (1, 1), ("2", 2)):
+        assert raymeta.load(tmp_path / "run", checkpoint).step == step
+    with pytest.raises(InputError, match=r"no checkpoint of step 9. Steps there are: 1, 2"):
+        raymeta.load(tmp_path / "run", 9)
+    with pytest.raises(InputError, match="is no run directory"):
+        raymeta.load(tmp_path)
+
+
+def test_the_result_is_that_of_the_evaluation(learners: dict[str, TrainedLearner]) -> None:
+    """Support and query of a test task, given as arrays: the metric that an evaluation of that task gives."""
+    for name in ("maml", "prototypical", "regression"):
+        learner = learners[name]
+        source = build.make_source(load_config(learner.resolved))
+        batch = source.tasks("test", [0])
+        adapted = learner.learner.adapt(learner.model, learner.params, batch.support_x, batch.support_y)
+        for transductive, kind in ((False, "support"), (True, "batch")):
+            outputs = learner.learner.predict(learner.model, adapted, batch.query_x, None, kind)  # type: ignore[arg-type]
+            fitted = learner.adapt(batch.support_x[0], batch.support_y[0])
+            np.testing.assert_allclose(fitted.outputs(batch.query_x[0], transductive), outputs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_inner_steps_are_those_of_the_evaluation_unless_given() -> None:
+    learner = trained_of({**KINDS["regression"], "evaluation": {"inner_steps": 4}})
+    x, y, query = task_of(learner)
+    outputs = {steps: learner.adapt(x, y, steps).outputs(query) for steps in (None, 0, 1, 4)}
+    np.testing.assert_array_equal(outputs[None], outputs[4])
+    assert not np.allclose(outputs[1], outputs[4])
+    plain = learner.model(torch.from_numpy(query)).detach()
+    np.testing.assert_allclose(outputs[0], plain, rtol=1e-5, atol=1e-6)
+
+
+def test_it_works_where_the_training_data_is_gone(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    table = {f"f{number}": random.normal(size=60) for number in range(3)}
+    pa.csv.write_csv(pa.table({"kind": [f"k{row // 6}" for row in range(60)], **table}), tmp_path / "t.csv")
+    import_table(tmp_path / "t.csv", tmp_path / "t.arrow", label="kind")
+    tasks = {"name": "class_episodes", "store": str(tmp_path / "t.arrow"), "ways": 2, "queries": 2}
+    raw = {"tasks": tasks, "model": {"name": "mlp", "hidden": [8]}, "algorithm": {"name": "maml"}}
+    run_of(tmp_path / "run", raw)
+    (tmp_path / "t.arrow").unlink()
+    (tmp_path / "t.csv").unlink()
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    fitted = raymeta.load(tmp_path / "elsewhere").adapt(random.normal(size=(4, 3)), ["a", "a", "b", "b"])
+    assert set(fitted.predict(random.normal(size=(5, 3)))) <= {"a", "b"}
+    fitted.save(tmp_path / "fitted.safetensors")
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert FittedModel.load(tmp_path / "fitted.safetensors").labels == ("a", "b")
+
+
+# Predict
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_alone_is_predicted_as_among_others(kind: str, learners: dict[str, TrainedLearner]) -> None:
+    learner = learners[kind]
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    whole = fitted.outputs(query)
+    alone = np.concatenate([fitted.outputs(query[row : row + 1]) for row in range(len(query))])
+    np.testing.assert_allclose(alone, whole, rtol=1e-4, atol=1e-5)
+    together = fitted.outputs(query, transductive=True)
+    if kind in WITH_BATCH_NORM:
+        assert not np.allclose(together, whole, rtol=1e-2, atol=1e-3)
+    else:
+        np.testing.assert_allclose(together, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_many_rows_are_cut_without_a_change(
+    learners: dict[str, TrainedLearner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = learners["maml"]
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    whole = fitted.outputs(query)
+    monkeypatch.setattr("raymeta.adapted.ROWS_AT_ONCE", 3)
+    np.testing.assert_allclose(fitted.outputs(query), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_gives_the_same_numbers(kind: str, learners: dict[str, TrainedLearner], tmp_path: Path) -> None:
+    learner = learners[kind]
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    fitted.save(tmp_path / "fitted.safetensors")
+    again = FittedModel.load(tmp_path / "fitted.safetensors")
+    assert again.labels == fitted.labels
+    for transductive in (False, True):
+        np.testing.assert_array_equal(again.outputs(query, transductive), fitted.outputs(query, transductive))
+        np.testing.assert_array_equal(again.predict(query, transductive), fitted.predict(query, transductive))
+    # What was loaded can adapt to another task.
+    np.testing.assert_array_equal(
+        again.trained.adapt(x[::-1], y[::-1]).outputs(query).shape, fitted.outputs(query).shape
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["fitted.safetensors"]
+
+
+LABELS: dict[str, Any] = {
+    "texts": ["cat", "dog", "eel"],
+    "numbers": [7, 3, 12],
+    "floats": [0.5, -1.0, 2.0],
+    "an array": np.array([7, 3, 12]),
+    "an array of texts": np.array(["cat", "dog", "eel"]),
+    "a tensor": torch.tensor([7, 3, 12]),
+    "scalars of an array": list(np.array([7, 3, 12])),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_come_back_as_they_are(name: str, learners: dict[str, TrainedLearner], tmp_path: Path) -> None:
+    learner, labels = learners["maml"], LABELS[name]
+    rows = build.make_source(load_config(learner.resolved)).tasks("test", [0])
+    fitted = learner.adapt(rows.support_x[0], labels)
+    values = labels.tolist() if isinstance(labels, np.ndarray | torch.Tensor) else [*labels]
+    assert fitted.labels == tuple(sorted(values))
+    predictions = fitted.predict(rows.support_x[0])
+    assert set(predictions.tolist()) <= set(values)
+    # Which class has which number is a matter of the labels' order alone.
+    places = [sorted(values).index(value) for value in values]
+    expected = learner.adapt(rows.support_x[0], places).predict_proba(rows.query_x[0])
+    np.testing.assert_array_equal(fitted.predict_proba(rows.query_x[0]), expected)
+    fitted.save(tmp_path / "fitted")
+    np.testing.assert_array_equal(FittedModel.load(tmp_path / "fitted").predict(rows.support_x[0]), predictions)
+
+
+def test_images_as_bytes_or_as_numbers_up_to_one(learners: dict[str, TrainedLearner]) -> None:
+    learner = learners["maml"]
+    x, y, query = task_of(learner)
+    as_bytes = np.round(x * 255).astype(np.uint8)
+    expected = learner.adapt(as_bytes.astype(np.float32) / 255, y).outputs(query)
+    np.testing.assert_allclose(learner.adapt(as_bytes, y).outputs(query), expected, rtol=1e-6)
+    np.testing.assert_allclose(learner.adapt(torch.from_numpy(as_bytes), y).outputs(query), expected, rtol=1e-6)
+    np.testing.assert_allclose(learner.adapt(list(as_bytes), y).outputs(query.tolist()), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        learner.adapt((as_bytes / 255).astype(np.float64), y).outputs(torch.from_numpy(query).requires_grad_()),
+        expected,
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_prototypes_take_other_numbers_of_classes(learners: dict[str, TrainedLearner]) -> None:
+    source = build.make_source(load_config(learners["prototypical"].resolved, ["tasks.ways=7", "tasks.shots=2"]))
+    rows = source.tasks("test", [0])
+    for kind in WITHOUT_HEAD:
+        for classes in (2, 7):
+            chosen = rows.support_y[0] < classes
+            fitted = learners[kind].adapt(rows.support_x[0][chosen], rows.support_y[0][chosen])
+            assert fitted.predict_proba(rows.query_x[0]).shape == (21, classes)
+            assert set(fitted.predict(rows.query_x[0])) <= set(range(classes))
+
+
+def test_logistic_probabilities(learners: dict[str, TrainedLearner]) -> None:
+    learner = learners["logistic"]
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    logits = fitted.outputs(query)
+    assert logits.shape == (7, 1)
+    probabilities = fitted.predict_proba(query)
+    np.testing.assert_allclose(probabilities[:, 1], 1 / (1 + np.exp(-logits[:, 0].astype(float))), rtol=1e-6)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    np.testing.assert_array_equal(fitted.predict(query) == "class 1", logits[:, 0] > 0)
+
+
+def test_regression_takes_targets_as_a_column_or_a_row(learners: dict[str, TrainedLearner]) -> None:
+    learner = learners["regression"]
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    assert fitted.labels is None
+    assert fitted.predict(query).shape == (7, 1)
+    for other in (y[:, 0], y[:, 0].tolist(), torch.from_numpy(y), [float(value) for value in y[:, 0]]):
+        np.testing.assert_allclose(learner.adapt(x, other).predict(query), fitted.predict(query), rtol=1e-6)
+    with pytest.raises(InputError, match="no class probabilities; use predict"):
+        fitted.predict_proba(query)
+
+
+def test_a_table_that_was_standardised_for_training_is_taken_in_its_own_units(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x, task = random.normal(1000, 50, (120, 2)), np.repeat(np.arange(20), 6)
+    y = (x @ np.array([2.0, -1.0]) + random.normal(size=20)[task] * 30)[:, None]
+    table = pa.table({"task": task.astype(str), "a": x[:, 0], "b": x[:, 1], "y": y[:, 0]})
+    pa.csv.write_csv(table, tmp_path / "t.csv")
+    tasks = {
+        "name": "regression_table", "path": str(tmp_path / "t.csv"), "targets": ["y"], "shots": 3, "queries": 3,
+        "standardise": "features_and_targets",
+    }  # fmt: skip
+    raw = {"tasks": tasks, "model": {"name": "mlp", "hidden": [8]}, "algorithm": {"name": "maml", "inner_rate": 0.1}}
+    run_of(tmp_path / "run", raw)
+    learner = raymeta.load(tmp_path / "run")
+    source = build.make_source(load_config(learner.resolved))
+    batch = source.tasks("test", [0])
+    done = source.standardisation  # type: ignore[attr-defined]
+    support = batch.support_x[0].numpy() * done.x_scale + done.x_mean
+    target = batch.support_y[0].numpy() * done.y_scale + done.y_mean
+    query = batch.query_x[0].numpy() * done.x_scale + done.x_mean
+    fitted = learner.adapt(support, target)
+    adapted = learner.learner.adapt(learner.model, learner.params, batch.support_x, batch.support_y)
+    expected = learner.learner.predict(learner.model, adapted, batch.query_x)[0].numpy() * done.y_scale + done.y_mean
+    np.testing.assert_allclose(fitted.predict(query), expected, rtol=1e-4)
+    assert abs(fitted.predict(query).mean() - y.mean()) < 500  # in the table's units, far from 0
+    fitted.save(tmp_path / "fitted")
+    np.testing.assert_array_equal(FittedModel.load(tmp_path / "fitted").predict(query), fitted.predict(query))
+    # A plain module takes and gives what the model was trained on.
+    inputs = torch.from_numpy(((query - done.x_mean) / done.x_scale).astype(np.float32))
+    outputs = fitted.module()(inputs).detach().numpy() * done.y_scale + done.y_mean
+    np.testing.assert_allclose(outputs, fitted.predict(query), rtol=1e-4)
+
+
+# As a plain module
+
+OWN = """
+    from torch import nn
+
+    class Own(nn.Module):
+        def __init__(self, outputs, width: int = 6):
+            super().__init__()
+            self.first = nn.Conv2d(1, width, 3, stride=2, bias=False)
+            self.norm = nn.BatchNorm2d(width, eps=1e-3)
+            self.frozen = nn.Linear(width, width).requires_grad_(False)
+            self.drop = nn.Dropout(0.5)
+            self.last = nn.Linear(width, outputs)
+
+        def forward(self, x):
+            return self.last(self.drop(self.frozen(self.norm(self.first(x)).relu().mean((2, 3)))))
+
+    class Untracked(Own):
+        def __init__(self, outputs):
+            super().__init__(outputs)
+            self.norm = nn.BatchNorm2d(6, track_running_stats=False)
+
+    class Twice(Own):
+        def forward(self, x):
+            return super().forward(x) + self.last(self.norm(self.first(x)).mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """own(class) -> the `package.module:Name` of a module of the user's own."""
+    package = tmp_path / f"own_models_{tmp_path.name}"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    lines = [line.removeprefix("    ") for line in OWN.splitlines()]
+    (package / "nets.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda name: f"{package.name}.nets:{name}"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WITHOUT_HEAD])
+def test_a_state_dict_in_the_users_module_predicts_the_same(kind: str, learners: dict[str, TrainedLearner]) -> None:
+    learner = learners[kind]
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    config = load_config(learner.resolved)
+    torch.manual_seed(99)
+    plain = config.model.part(learner.input_shape, learner.description["outputs"], **config.model.arguments)
+    plain.load_state_dict(fitted.state_dict())
+    plain.eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(plain(torch.from_numpy(query)).numpy(), fitted.outputs(query), rtol=1e-4, atol=1e-5)
+    # The learner's own module is as it was.
+    again = learner.adapt(x, y)
+    np.testing.assert_array_equal(again.outputs(query), fitted.outputs(query))
+
+
+def test_a_state_dict_of_the_users_own_model(own: Callable[[str], str]) -> None:
+    name = own("Own")
+    learner = trained_of({**OMNIGLOT, "model": {"name": name, "width": 5}, "algorithm": {"name": "maml"}})
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    plain = type(learner.model)(3, width=5)
+    assert plain.load_state_dict(fitted.state_dict()).missing_keys == []
+    plain.eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(plain(torch.from_numpy(query)).numpy(), fitted.outputs(query), rtol=1e-4, atol=1e-5)
+    assert torch.equal(plain.frozen.weight, learner.model.frozen.weight)  # type: ignore[union-attr]
+    assert not torch.equal(plain.last.weight, learner.model.last.weight)  # type: ignore[union-attr]
+    module = fitted.module()
+    assert isinstance(module, nn.Module)
+    assert not module.training
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("Untracked", "'norm' keeps no running statistics"), ("Twice", "'norm' is called 2 times")]
+)
+def test_statistics_that_no_state_dict_can_hold(name: str, why: str, own: Callable[[str], str]) -> None:
+    learner = trained_of({**OMNIGLOT, "model": {"name": own(name)}, "algorithm": {"name": "maml"}})
+    x, y, query = task_of(learner)
+    fitted = learner.adapt(x, y)
+    assert fitted.predict(query).shape == (7,)
+    with pytest.raises(InputError, match=why):
+        fitted.state_dict()
+
+
+def test_learners_without_a_plain_module(learners: dict[str, TrainedLearner]) -> None:
+    for kind in WITHOUT_HEAD:
+        x, y, _ = task_of(learners[kind])
+        with pytest.raises(InputError, match="no state dict of the model can hold it"):
+            learners[kind].adapt(x, y).state_dict()
+
+
+# Refusals
+
+ONE = np.zeros((3, 1, 28, 28), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (ONE[:, :, 1:], "abc", r"support_x has shape \(3, 1, 27, 28\); the model was trained on rows of shape \(1, 28"),
+        (ONE[:, 0], "abc", r"support_x has shape \(3, 28, 28\)"),
+        (ONE[:0], "", r"support_x has shape \(0, 1, 28, 28\)"),
+        (np.array(3.0), "abc", r"support_x has shape \(\)"),
+        (ONE.astype(bool), "abc", "support_x is of type bool; expected numbers"),
+        (ONE.astype(object), "abc", "support_x is of type object; expected numbers"),
+        (ONE.astype(complex), "abc", "support_x is of type complex128"),
+        (ONE.astype(np.int64), "abc", "support_x is of type int64; expected images as uint8, or floating in"),
+        (ONE + 2, "abc", r"support_x has values from 2 to 2; expected images as uint8, or floating in \[0, 1\]"),
+        (ONE - 0.5, "abc", "support_x has values from -0.5 to -0.5"),
+        (np.where(np.arange(3).reshape(3, 1, 1, 1) == 1, np.nan, ONE), "abc", "support_x has a value in row 1 that is"),
+        (np.where(np.arange(3).reshape(3, 1, 1, 1) == 2, np.inf, ONE), "abc", "support_x has a value in row 2 that is"),
+        ([[1.0], [1.0, 2.0]], "ab", "support_x cannot be made an array: .*; expected rows of one shape"),
+        (ONE, "ab", "support_y has 2 labels for 3 rows of support_x"),
+        (ONE, "aab", r"support_y has 2 classes \(a, b\); the model was trained for 3. Give 3 classes"),
+        (ONE, ["a", 1, 2], "support_y has texts and numbers as labels"),
+        (ONE, ["a", None, "b"], "support_y has the label None"),
+        (ONE, [1.0, np.nan, 2.0], "support_y has the label nan; expected one text or number for each row"),
+        (ONE, [[1], [2], [3]], r"support_y has the label \[1\]"),
+        (ONE, np.eye(3), r"support_y has the label \[1.0, 0.0, 0.0\]"),
+    ],
+)
+def test_what_cannot_be_adapted_to(x: Any, y: Any, says: str, learners: dict[str, TrainedLearner]) -> None:
+    with pytest.raises(InputError, match=says):
+        learners["maml"].adapt(x, list(y) if isinstance(y, str) else y)
+
+
+def test_what_cannot_be_predicted(learners: dict[str, TrainedLearner]) -> None:
+    x, y, query = task_of(learners["maml"])
+    fitted = learners["maml"].adapt(x, y)
+    with pytest.raises(InputError, match=r"x has shape \(1, 28, 28\)"):
+        fitted.predict(query[0])
+    with pytest.raises(InputError, match="x has a value in row 3 that is not finite"):
+        fitted.predict_proba(np.where(np.arange(7).reshape(7, 1, 1, 1) == 3, np.nan, query))
+    with pytest.raises(InputError, match="x has values from"):
+        fitted.predict(query * 255)
+
+
+def test_what_a_regression_cannot_adapt_to(learners: dict[str, TrainedLearner]) -> None:
+    learner = learners["regression"]
+    x, y, _ = task_of(learner)
+    for wrong, says in (
+        (["a"] * 10, "support_y is of type <U1; the model was trained on numeric targets"),
+        (y[:9], r"support_y has shape \(9, 1\); expected \(10, 1\)"),
+        (np.hstack([y, y]), r"support_y has shape \(10, 2\); expected \(10, 1\)"),
+        (np.where(np.arange(10)[:, None] == 4, np.nan, y), "support_y has a value in row 4 that is not finite"),
+        (y > 0, "support_y is of type bool"),
+    ):
+        with pytest.raises(InputError, match=says):
+            learner.adapt(x, wrong)
+    with pytest.raises(InputError, match="support_x is of type object"):
+        learner.adapt(x.astype(object), y)
+
+
+def test_one_class_alone_is_no_task(learners: dict[str, TrainedLearner]) -> None:
+    with pytest.raises(InputError, match="support_y has the class 'a' alone"):
+        learners["prototypical"].adapt(ONE, list("aaa"))
+
+
+def test_files_that_are_no_fitted_model_or_were_cut_or_altered(
+    learners: dict[str, TrainedLearner], tmp_path: Path
+) -> None:
+    x, y, query = task_of(learners["regression"])
+    good = tmp_path / "good"
+    learners["regression"].adapt(x, y).save(good)
+    content = good.read_bytes()
+    wrong = tmp_path / "wrong"
+    expected = FittedModel.load(good).outputs(query)
+    # Every kind of place: header, the JSON in it, tensors, the end.
+    for place in [*range(0, len(content), max(1, len(content) // 60)), content.index(b"inner_steps"), len(content) - 1]:
+        altered = bytearray(content)
+        altered[place] ^= 1
+        wrong.write_bytes(altered)
+        with pytest.raises(InputError, match=r"wrong (is no fitted model|was altered)"):
+            FittedModel.load(wrong)
+    for length in (0, 7, len(content) // 2, len(content) - 1):
+        wrong.write_bytes(content[:length])
+        with pytest.raises(InputError, match="wrong is no fitted model, or is cut off"):
+            FittedModel.load(wrong)
+    wrong.write_bytes(content + b"\0")
+    with pytest.raises(InputError, match="wrong is no fitted model"):
+        FittedModel.load(wrong)
+    wrong.write_bytes(safetensors.torch.save({"weight": torch.zeros(2)}))
+    with pytest.raises(InputError, match="wrong is no fitted model"):
+        FittedModel.load(wrong)
+    with pytest.raises(InputError, match="nothing is no fitted model"):
+        FittedModel.load(tmp_path / "nothing")
+    np.testing.assert_array_equal(FittedModel.load(good).outputs(query), expected)
+
+
+def test_a_model_is_saved_whole_or_not_at_all(learners: dict[str, TrainedLearner], tmp_path: Path) -> None:
+    x, y, _ = task_of(learners["regression"])
+    fitted = learners["regression"].adapt(x, y)
+    with pytest.raises(InputError, match=r"none/fitted cannot be written"):
+        fitted.save(tmp_path / "none" / "fitted")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"folder cannot be written"):
+        fitted.save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
