@@ -31,13 +31,17 @@ from raymeta.outer_optimizer import OuterSettings
 from raymeta.params import ParameterLayout, Params, model_params
 from raymeta.run_directory import RunDirectory
 from raymeta.seeding import digest
-from raymeta.tasks.class_episodes import ClassEpisodes
+from raymeta.tasks import TASK_SOURCES
+from raymeta.tasks.class_episodes import OMNIGLOT, ClassEpisodes
 from raymeta.tasks.regression_table import RegressionTable
 from raymeta.tasks.source import SPLITS, TaskSource
 from raymeta.trainer import MetaTrainer
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.pool import WorkerPool
 from raymeta.workers.worker import WorkerParts, WorkerSettings
+
+# The settings of the shipped task sources that name a file.
+FILES_OF_TASKS = {"store", "path"}
 
 
 def make_source(config: Config) -> TaskSource:
@@ -276,6 +280,25 @@ def _check_tasks(config: Config, source: TaskSource, splits: Sequence[str]) -> N
                 )
 
 
+def in_ray_job() -> bool:
+    """Whether `ray job submit` started this process: its working directory is then a copy that does not last."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def for_workers(config: Config) -> dict[str, Any]:
+    """The resolved configuration as it travels: the paths of the tasks' files absolute, for workers elsewhere.
+
+    In a Ray job they stay as they are: every worker is in the job's working directory, on each node another path.
+    """
+    resolved = config.resolved()
+    if config.tasks.name in TASK_SOURCES and not in_ray_job():
+        for name in FILES_OF_TASKS & resolved["tasks"].keys():
+            place = resolved["tasks"][name]
+            if place != OMNIGLOT:
+                resolved["tasks"][name] = os.fspath(Path(place).expanduser().absolute())
+    return resolved
+
+
 def make_pool(config: Config) -> WorkerPool:
     """The pool of the `workers` section.
 
@@ -283,7 +306,7 @@ def make_pool(config: Config) -> WorkerPool:
         InputError: a demand that cannot be met.
     """
     workers = config.workers
-    build = partial(worker_parts, config.resolved())
+    build = partial(worker_parts, for_workers(config))
     settings = WorkerSettings(threads=workers.threads, device=workers.device)
     if workers.backend == "local":
         return LocalPool(build, settings, config.chunk_tasks)
@@ -362,3 +385,18 @@ def trained(config: Config, params: Params, description: Mapping[str, Any]) -> t
 def expand_run_dir(place: str) -> str:
     """A local path as an absolute one; a URI as it is."""
     return place if "://" in place else os.fspath(Path(place).expanduser().resolve())
+
+
+def lasting_run_dir(place: str) -> str:
+    """`expand_run_dir`, for a run that is about to write there.
+
+    Raises:
+        InputError: a relative path in a Ray job.
+    """
+    if in_ray_job() and "://" not in place and not Path(place).expanduser().is_absolute():
+        raise InputError(
+            f"the run directory {place} is relative, but the working directory of a Ray job is a temporary copy: what "
+            "is written there is lost. Set --run-dir to a URI such as s3://bucket/runs/1, or to an absolute path on a "
+            "disk that lasts."
+        )
+    return expand_run_dir(place)

@@ -142,7 +142,7 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
     source, overrides = _source_and_overrides(arguments)
     if run_dir is None:
         run_dir = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("run_dir=")), None)
-    there = RunDirectory(build.expand_run_dir(run_dir)) if run_dir else None
+    there = RunDirectory(build.lasting_run_dir(run_dir)) if run_dir else None
     if source is None and resume and there is not None and there.has_config():
         config = load_config(there.read_config(), overrides)
     else:
@@ -153,7 +153,7 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
             raise InputError("--resume needs --run-dir (or run_dir in the configuration): the run to go on with")
         name = Path(source or DEFAULT_RECIPE).stem
         place = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = RunDirectory(build.expand_run_dir(place))
+    directory = RunDirectory(build.lasting_run_dir(place))
     if resume and directory.has_config() and directory.steps():
         require_resumable(directory.read_config(), config.resolved(), str(directory))
     return config, directory
