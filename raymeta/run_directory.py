@@ -25,12 +25,12 @@ from types import TracebackType
 from typing import IO, Any
 
 import pyarrow
-from tensorboardX import SummaryWriter
 
 from raymeta import checkpoint as checkpoints
 from raymeta import yaml_text
 from raymeta.checkpoint import Checkpoint, Place, Pointer, without_non_finite
 from raymeta.errors import InputError, RunError
+from raymeta.event_file import EventFile
 from raymeta.storage import Storage
 
 CONFIG = "config.yaml"
@@ -52,7 +52,7 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._folder: Path | None = None  # where metrics and events are written: the directory, or a staging folder
         self._uploaded: dict[str, tuple[int, int]] = {}  # size and time of the staged files that are there already
-        self._events: SummaryWriter | None = None
+        self._events: EventFile | None = None
         self._purge_step: int | None = None
 
     def __str__(self) -> str:
@@ -62,7 +62,11 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except RunError:
+            if error is None:  # else that error came first and says more
+                raise
 
     # Writing: beginning and end
 
@@ -126,8 +130,6 @@ class RunDirectory:
             RunError: that failed.
         """
         assert self._folder is not None, "create() comes first"
-        if self._events is not None:
-            self._events.flush()
         try:
             if self.storage.is_local:
                 if (self._folder / METRICS).exists():
@@ -249,13 +251,16 @@ class RunDirectory:
         return records
 
     def write_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
-        """Give numbers to TensorBoard; what is None is left out."""
+        """Give numbers to TensorBoard; what is None is left out. Raises RunError when that fails."""
         assert self._folder is not None, "create() comes first"
-        if self._events is None:
-            self._events = SummaryWriter(logdir=str(self._folder), purge_step=self._purge_step)
-        for name, value in scalars.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step)
+        try:
+            if self._events is None:
+                self._events = EventFile(self._folder, self._purge_step)
+            self._events.add_scalars(step, {name: value for name, value in scalars.items() if value is not None})
+        except OSError as error:
+            raise RunError(
+                f"{self}: TensorBoard's events could not be written: {error}. Make room, then use --resume."
+            ) from error
 
     # Checkpoints
 

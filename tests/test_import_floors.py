@@ -17,9 +17,13 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"data", "models", "ops"}),
     frozenset({"tasks", "algorithms"}),
     frozenset({"workers"}),
-    frozenset({"storage", "yaml_text", "checkpoint", "run_directory", "evaluation", "outer_optimizer", "trainer"}),
+    frozenset({"storage", "yaml_text", "checkpoint", "event_file", "run_directory"})
+    | frozenset({"evaluation", "outer_optimizer", "trainer"}),
     frozenset({"parts", "sections", "config", "build"}),
-    frozenset({"adapted", "progress", "cli", "tune", "report", "__init__", "__main__"}),
+    # The faces; the command line calls the others.
+    frozenset({"adapted", "progress"}),
+    frozenset({"tune", "report"}),
+    frozenset({"cli", "__init__", "__main__"}),
 )
 # The Ray pool and its helpers, the Tune face and the command line.
 MAY_IMPORT_RAY = ("workers/ray_", "tune.py", "tune/", "cli.py")

@@ -229,3 +229,22 @@ def test_a_write_that_fails_is_a_run_error(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"metrics\.jsonl could not be written: .*No space left on device"):
             run.append_metrics({"step": 1})
         (tmp_path / "metrics.jsonl").unlink()
+
+
+def test_a_full_disk_is_said_of_the_events_too(tmp_path: Path) -> None:
+    """In a process whose files may not grow beyond 4 KiB; the first error is the one that is seen."""
+    lines = [
+        "import resource, sys",
+        "from raymeta.run_directory import RunDirectory",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))",
+        "with RunDirectory(sys.argv[1]) as run:",
+        "    run.create()",
+        "    for step in range(1000):",
+        "        run.write_scalars(step, {'loss': 1.0})",
+    ]
+    found = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), str(tmp_path / "run")], capture_output=True, text=True, timeout=60
+    )
+    assert found.stderr.count("Traceback") == 2  # the OSError, and the RunError that comes of it
+    assert "TensorBoard's events could not be written: [Errno 27]" in found.stderr.splitlines()[-1]
+    assert found.returncode == 1
