@@ -72,8 +72,7 @@ def _round_step(least: float) -> float:
 def svg(trials: Sequence[Trial], space: Mapping[str, Distribution], objective: Objective, title: str) -> str:
     """The picture as the text of an SVG file."""
     best = ranked(trials, objective)
-    numbers = [trial.value for trial in best if trial.value is not None]
-    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
+    low, high = _scale([trial.value for trial in best if trial.value is not None])
     x, y, other = _three(list(space))
     counted = f"{len(trials)} trials, {sum(trial.state == 'failed' for trial in trials)} failed"
     parts = [
@@ -89,6 +88,17 @@ def svg(trials: Sequence[Trial], space: Mapping[str, Distribution], objective: O
     if other is not None:
         parts += _panel(trials, best, space, other, None, objective, colored, 690, 1050)
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _scale(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of the metric's scale, for values from the best to the worst: a few that have diverged must not make
+    all others look alike, and stand at its edge."""
+    if not values:
+        return 0.0, 1.0
+    best, median, worst = values[0], values[len(values) // 2], values[-1]
+    edge = best + 3 * (median - best)
+    edge = worst if edge == best or abs(worst - best) < abs(edge - best) else edge
+    return min(best, edge), max(best, edge)
 
 
 def _three(names: list[str]) -> tuple[str, str | None, str | None]:
@@ -160,7 +170,7 @@ def _panel(
             height = up.place(trial.settings[y]) if y is not None else BOTTOM - 8
             parts.append(_cross(across.place(trial.settings[x]), height, trial))
     for trial in reversed(best):  # the best on top
-        height = up.place(trial.settings[y] if y is not None else trial.value)
+        height = up.place(trial.settings[y]) if y is not None else min(max(up.place(trial.value), TOP + 8), BOTTOM - 8)
         parts.append(_dot(across.place(trial.settings[x]), height, trial, objective, colored, trial is best[0]))
     return parts
 

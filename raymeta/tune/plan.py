@@ -206,8 +206,9 @@ def _overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         if not isinstance(holder, dict):
             raise InputError(f"{override!r}: {block} is {shown(holder)}, which has no keys.")
         if block == "search":  # the dots belong to the name of a setting
-            holder.pop(name, None)
-            if value is not None:
+            if value is None:
+                holder.pop(name, None)
+            else:
                 holder[name] = value
             continue
         *outer, last = name.split(".")

@@ -35,7 +35,7 @@ from raymeta.tune.picture import svg
 from raymeta.tune.placement import Bundle, require_placeable, trial_bundles
 from raymeta.tune.plan import Objective, Plan
 from raymeta.tune.space import Distribution, Range, perturbed
-from raymeta.tune.trial import RECORD, Origin, run_trial
+from raymeta.tune.trial import RECORD, Hopeless, Origin, run_trial
 from raymeta.tune.watch import Progress, Signals, error_line, plain
 from raymeta.workers.ray_cluster import connect
 from raymeta.workers.worker import TaskError
@@ -81,7 +81,7 @@ def run_search(plan: Plan, objective: Objective, directory: str, resume: bool = 
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray's tables on stdout, also with verbose=0; `Progress` is shorter
         progress = Progress(objective)
         tuner = _tuner(plan, objective, storage, directory, bundles, progress, resume)
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints every traceback; failures are shown below
         with Signals() as signals:
             results = tuner.fit()
         trials = [_outcome(result, plan, objective, storage, directory) for result in results]
@@ -290,7 +290,7 @@ def _trainable(run: Mapping[str, Any], storage: Storage, directory: str) -> Call
         name = tune.get_context().get_trial_id()
         own = storage.at(name)
         if own.has_file(FAILURE):
-            raise RunError(own.read(FAILURE).decode())
+            raise Hopeless(own.read(FAILURE).decode())
         folder = Path(tempfile.mkdtemp(prefix=f"raymeta-{name}-"))
         # A scheduler ends the process while this thread waits in a report.
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -298,7 +298,7 @@ def _trainable(run: Mapping[str, Any], storage: Storage, directory: str) -> Call
             run_trial(run, plain(config), name, folder / "run", _report, _origin(storage, directory))
         except (InputError, NonFiniteError, TaskError) as error:
             own.write(FAILURE, str(error).encode())
-            raise RunError(str(error)) from error
+            raise Hopeless(str(error)) from None  # the error itself may not survive the way to the driver
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

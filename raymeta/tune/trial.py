@@ -19,6 +19,7 @@ from pyarrow import fs
 from raymeta import build
 from raymeta.checkpoint import STEPS, Checkpoint, step_name
 from raymeta.config import load_config
+from raymeta.errors import RunError
 from raymeta.run_directory import RunDirectory
 from raymeta.storage import Storage
 from raymeta.trainer import MetaTrainer, Record
@@ -28,6 +29,10 @@ RECORD = "trial.json"
 
 # Gives Tune the numbers of a validation, and the run directory as it is then.
 Report = Callable[[dict[str, Any], Path], None]
+
+
+class Hopeless(RunError):
+    """A trial failed by its own settings or data: trying again would give the same."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ray.exceptions import RayTaskError
 from raymeta.progress import shown_metric
 from raymeta.tune.outcome import shown_setting
 from raymeta.tune.plan import Objective
+from raymeta.tune.trial import Hopeless
 
 
 def say(line: str) -> None:
@@ -41,7 +42,9 @@ class Progress(tune.Callback):
         say(f"trial {trial.trial_id} step {result['outer_step']:,}: validation {value}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        say(f"trial {trial.trial_id} is tried again after: {error_line(trial.get_pickled_error())}")
+        error = trial.get_pickled_error()
+        if not isinstance(getattr(error, "cause", None), Hopeless):
+            say(f"trial {trial.trial_id} is tried again after: {error_line(error)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         say(f"trial {trial.trial_id} failed: {error_line(trial.get_pickled_error())}")
