@@ -44,8 +44,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one command."""
     try:
         commands(arguments, standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show(sys.stderr)
+        return EXIT_INPUT
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" See `{context.command_path} --help`." if context is not None else ""
+        print(f"raymeta: {error.format_message()}{hint}", file=sys.stderr)
         return EXIT_INPUT
     except InputError as error:
         print(f"raymeta: {error}", file=sys.stderr)

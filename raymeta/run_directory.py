@@ -168,6 +168,10 @@ class RunDirectory:
         """
         try:
             text = self.storage.read(CONFIG).decode()
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self} is no run directory: there is no {CONFIG}. Expected what `raymeta train --run-dir` wrote."
+            ) from error
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise InputError(
                 f"{self} is no run directory: {CONFIG} cannot be read ({error}). Expected what `raymeta train "

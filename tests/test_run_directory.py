@@ -208,7 +208,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"is no run directory: config\.yaml cannot be read"),
+        (None, r"is no run directory: there is no config\.yaml"),
         (b"\xff\xfe\x00\xd8", "is no run directory"),
         (b"a: [1", r"config\.yaml is no YAML: .* at line 1"),
         (b"- 1\n", "holds a list; expected a mapping"),
