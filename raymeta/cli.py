@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one command."""
     try:
-        commands(arguments, standalone_mode=False)
+        commands(arguments, prog_name="raymeta", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show(sys.stderr)
         return EXIT_INPUT

@@ -1,0 +1,727 @@
+"""The command line in this process: what the commands print and leave, and their exit codes. (Real processes and
+signals: test_cli_processes.py.)"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+import raymeta
+from raymeta import build, cli
+from raymeta.data.omniglot import open_omniglot
+from raymeta.run_directory import RunDirectory
+from raymeta.yaml_text import dump
+
+TINY = [
+    "workers.backend=local",
+    "outer.steps=4",
+    "outer.tasks_per_step=2",
+    "outer.warmup_steps=0",
+    "evaluation.every_steps=2",
+    "evaluation.tasks=3",
+    "evaluation.test_tasks=4",
+]
+SINUSOID = ["sinusoid-10s-maml", *TINY, "model.hidden=[6]", "outer.schedule=constant"]
+IMAGES = [*TINY, "model.filters=4", "tasks.ways=3", "evaluation.queries=2"]
+
+
+class Said:
+    """What one command gave."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def raymeta_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    def call(*arguments: str | Path) -> Said:
+        capsys.readouterr()
+        code = cli.run([str(argument) for argument in arguments])
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(raymeta_cli: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Exit code 2 with one message and no traceback, before a pool is made; gives the message."""
+
+    def no_pool(config: object) -> None:
+        raise AssertionError("a pool was made")
+
+    def call(*arguments: str | Path) -> str:
+        with monkeypatch.context() as patched:
+            patched.setattr(build, "make_pool", no_pool)
+            said = raymeta_cli(*arguments)
+        assert said.code == 2
+        assert said.out == ""
+        assert "Traceback" not in said.err
+        assert said.err.startswith("raymeta: ")
+        assert said.err.count("\n") == 1
+        return said.err.removeprefix("raymeta: ").rstrip("\n")
+
+    return call
+
+
+def trained(place: Path, *arguments: str) -> Path:
+    assert cli.run(["train", *arguments, "--run-dir", str(place)]) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def sinusoid_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("sinusoid") / "run", *SINUSOID)
+
+
+@pytest.fixture(scope="module")
+def omniglot_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("omniglot") / "run", "omniglot-5w1s-maml", *IMAGES)
+
+
+# train
+
+
+def test_a_run_from_recipe_to_test(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    said = raymeta_cli("train", *SINUSOID, "--run-dir", tmp_path / "run")
+    assert said.code == 0
+    assert "test, 10 shots, 100 queries, checkpoint of step " in said.out
+    assert "on 4 test tasks, 1 inner step" in said.out
+    assert said.out.splitlines()[-1] == f"run directory: {tmp_path / 'run'}"
+    assert "sinusoid, mlp (19 parameters), maml: 4 steps of 2 tasks on 1 local worker" in said.err
+    assert "step 4/4: validation mean squared error" in said.err
+    assert {"config.yaml", "metrics.jsonl", "best.json", "latest.json", "checkpoints"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    # config.yaml is input: a run of it is the same run.
+    again = raymeta_cli("train", tmp_path / "run" / "config.yaml", "--run-dir", tmp_path / "again")
+    assert again.code == 0
+    assert same_bits(tmp_path / "run", tmp_path / "again")
+    assert (tmp_path / "run" / "config.yaml").read_text() == (tmp_path / "again" / "config.yaml").read_text()
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    ours, theirs = RunDirectory(one).load("latest"), RunDirectory(other).load("latest")
+    return ours.step == theirs.step and all(
+        torch.equal(value, theirs.params[name]) for name, value in ours.params.items()
+    )
+
+
+def test_without_a_recipe_it_is_the_main_job(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = raymeta_cli("train", *TINY, "model.filters=4", "outer.steps=1", "evaluation.queries=3")
+    assert said.code == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("omniglot-5w1s-maml-2")
+    config = RunDirectory(run).read_config()
+    assert (config["tasks"]["name"], config["tasks"]["ways"], config["tasks"]["shots"]) == ("omniglot", 5, 1)
+    assert config["algorithm"]["name"] == "maml"
+    test = "test, 5-way 1-shot, 3 queries per class, a rotation per class, split vinyals, checkpoint of step 1 (chosen"
+    assert test in said.out
+    assert "3 inner steps, batch statistics of the queries (transductive)" in said.out
+    assert "3 inner steps, statistics of the support set (inductive)" in said.out
+
+
+def test_run_dir_may_stand_in_the_configuration(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    assert raymeta_cli("train", *SINUSOID, f"run_dir={tmp_path / 'run'}").code == 0
+    assert "run_dir" not in RunDirectory(tmp_path / "run").read_config()
+    assert "exists already" in refused("train", *SINUSOID, f"run_dir={tmp_path / 'run'}")
+    said = raymeta_cli("train", f"run_dir={tmp_path / 'run'}", "outer.steps=6", "--resume")
+    assert said.code == 0
+    assert RunDirectory(tmp_path / "run").find_step("latest") == 6
+
+
+def test_a_finished_run_resumed_says_the_same(sinusoid_run: Path, raymeta_cli: Callable[..., Said]) -> None:
+    before = (sinusoid_run / "metrics.jsonl").read_bytes()
+    first = raymeta_cli("train", "--run-dir", sinusoid_run, "--resume")  # its own configuration
+    second = raymeta_cli("train", *SINUSOID, "--run-dir", sinusoid_run, "--resume")
+    assert first.code == second.code == 0
+    assert first.out == second.out
+    assert "on 4 test tasks" in first.out
+    assert (sinusoid_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_of_nothing_is_a_start(tmp_path: Path, raymeta_cli: Callable[..., Said], sinusoid_run: Path) -> None:
+    assert raymeta_cli("train", *SINUSOID, "--run-dir", tmp_path / "run", "--resume").code == 0
+    assert same_bits(tmp_path / "run", sinusoid_run)
+    # A directory that a run left before its first checkpoint may even be given other settings.
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "config.yaml").write_bytes((sinusoid_run / "config.yaml").read_bytes())
+    (early / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0}\n')
+    assert raymeta_cli("train", *SINUSOID, "outer.rate=0.5", "--run-dir", early, "--resume").code == 0
+    assert [record["step"] for record in RunDirectory(early).read_metrics()] == [2, 4, 4, 4, 4]
+
+
+def test_what_may_change_when_a_run_is_resumed(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    run = trained(tmp_path / "run", *SINUSOID)
+    for changed, says in (
+        ("outer.rate=0.5", "outer.rate (was 0.001, is now 0.5)"),
+        ("seed=1", "seed (was 0, is now 1)"),
+        ("outer.steps=3", "outer.steps (was 4, is now 3, and it may only grow)"),
+        ("tasks.shots=5", "tasks.shots (was 10, is now 5)"),
+        ("model.hidden=[7]", "model.hidden (was [6], is now [7])"),
+    ):
+        message = refused("train", "--run-dir", run, "--resume", changed)
+        assert message.startswith(f"{run} cannot be resumed with other settings: {says}")
+    said = raymeta_cli(
+        "train", "--run-dir", run, "--resume", "outer.steps=8", "evaluation.tasks=5", "evaluation.statistics=support"
+    )
+    assert said.code == 0
+    assert [record["step"] for record in RunDirectory(run).read_metrics() if record["kind"] == "test"] == [4, 4, 8, 8]
+    assert same_bits(run, trained(tmp_path / "whole", *SINUSOID, "outer.steps=8"))
+
+
+def test_a_run_from_the_weights_of_another(tmp_path: Path, sinusoid_run: Path, refused: Callable[..., str]) -> None:
+    copy = tmp_path / "copy"
+    trained(copy, *SINUSOID, f"initial_checkpoint={sinusoid_run}", "outer.steps=0")
+    best = RunDirectory(sinusoid_run).load("best")
+    found = RunDirectory(copy).load("latest")
+    assert all(torch.equal(value, best.params[name]) for name, value in found.params.items())
+    # Nothing is read from there again when the run goes on.
+    started = tmp_path / "started"
+    trained(tmp_path / "other", *SINUSOID)
+    trained(started, *SINUSOID, f"initial_checkpoint={tmp_path / 'other'}")
+    (tmp_path / "other").rename(tmp_path / "gone")
+    assert cli.run(["train", "--run-dir", str(started), "--resume", "outer.steps=6"]) == 0
+    message = refused("train", *SINUSOID, f"initial_checkpoint={tmp_path / 'other'}", "--run-dir", tmp_path / "new")
+    assert "other has no checkpoint" in message
+
+
+def test_local_workers_need_nothing_of_a_cluster(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    (tmp_path / "cluster.yaml").write_text(
+        dump(
+            {
+                "tasks": {"name": "sinusoid"},
+                "model": {"name": "mlp", "hidden": [6]},
+                "algorithm": {"name": "maml"},
+                "workers": {"backend": "ray", "count": 64, "gpus_per_worker": 1, "address": "ray://there:10001"},
+            }
+        )
+    )
+    said = raymeta_cli("train", tmp_path / "cluster.yaml", *TINY, "--run-dir", tmp_path / "run")
+    assert said.code == 0
+
+
+# What bad input gets
+
+TRAIN: list[tuple[list[str], str]] = [
+    (["nosuch"], "recipe 'nosuch': unknown; Allowed: omniglot-20w1s-maml, "),
+    (["sinusoid-10s-mam"], "did you mean 'sinusoid-10s-maml'?"),
+    (["nosuch.yaml"], "nosuch.yaml cannot be read: [Errno 2] No such file or directory"),
+    (["list.yaml"], "list.yaml holds a list; expected a mapping with the sections"),
+    (["broken.yaml"], "broken.yaml"),
+    (["bytes.yaml"], "bytes.yaml cannot be read"),
+    (["folder.yaml"], "folder.yaml cannot be read"),
+    (["outer.stps=4"], "outer.stps: unknown; did you mean 'steps'?"),
+    (["otuer.steps=4"], "'otuer' is unknown; did you mean 'outer'?"),
+    (["algorithm.inner_rates=1"], "algorithm.inner_rates: unknown to 'maml'; did you mean 'inner_rate'?"),
+    (["outer.steps=many"], "outer.steps='many'; expected a whole number."),
+    (["outer.rate=0"], "outer.rate=0; expected a number greater than 0"),
+    (["algorithm.inner_rate=-1"], "algorithm.inner_rate=-1"),
+    (["outer.optimizer=adm"], "outer.optimizer='adm': unknown; did you mean 'adam'?"),
+    (["tasks.name=nowhere:Tasks"], "importing nowhere failed with ModuleNotFoundError"),
+    (["outer.steps"], "recipe 'outer.steps': unknown; Allowed: "),
+    (["omniglot-5w1s-maml", "outer.steps"], "'outer.steps': expected section.key=value here"),
+    (["omniglot-5w1s-maml", "sinusoid-10s-maml"], "'sinusoid-10s-maml': expected section.key=value here"),
+    (["tasks.ways=1029"], "tasks.ways=1029, but split 'train' has 1028 classes with the 6 images"),
+    (["tasks.queries=20"], "split 'train' has 0 classes with the 21 images that shots=1 and queries=20 need"),
+    (["evaluation.ways=7"], "evaluation.ways=7, but algorithm.name=maml has a head of 5 ways"),
+    (["workers.backend=local", "workers.count=2"], "workers.count=2 with workers.backend='local'"),
+    (["model={name: mlp}", "tasks={name: class_episodes, store: cut.arrow}"], "cut.arrow"),
+    (["model={name: mlp}", "tasks={name: class_episodes, store: nosuch.arrow}"], "nosuch.arrow does not exist"),
+    (["model={name: torch.nn:Identity}"], "model.name=torch.nn:Identity"),
+    (["--resume"], "--resume needs --run-dir"),
+    (["--run-dir", "list.yaml"], "list.yaml"),
+    (["--run-dir", "list.yaml/run"], "the run directory "),
+    (["--run-dir", "full", "sinusoid-10s-maml"], "full exists already and holds notes.txt; expected a new one."),
+    (["--run-dir", "nofs://x/run"], "'nofs://x/run' cannot be opened"),
+    (["--rundir", "x"], "--rundir"),
+    (["--run-dir"], "Option '--run-dir' requires an argument"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), TRAIN, ids=[" ".join(arguments) for arguments, _ in TRAIN])
+def test_what_train_refuses(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    (tmp_path / "broken.yaml").write_text("tasks: {name: omniglot\nmodel: [")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\xd8")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    whole = Path(open_omniglot().path).read_bytes()
+    (tmp_path / "cut.arrow").write_bytes(whole[: len(whole) // 2])
+    assert says in refused("train", *arguments)
+    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_several_wrong_settings_are_all_said(raymeta_cli: Callable[..., Said]) -> None:
+    said = raymeta_cli("train", "outer.rate=x", "seed=-1", "tasks.wais=3")
+    assert said.code == 2
+    assert all(name in said.err for name in ("outer.rate='x'", "seed=-1"))
+
+
+def altered(run: Path, name: str, how: str) -> None:
+    file = run / "checkpoints" / f"step-{RunDirectory(run).find_step('best'):08d}" / name
+    content = bytearray(file.read_bytes())
+    if how == "cut off":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut off", "altered"])
+@pytest.mark.parametrize("name", ["params.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_refused_by_every_command(
+    how: str, name: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    run = trained(tmp_path / "run", *SINUSOID, "outer.steps=1", "evaluation.every_steps=1")
+    altered(run, name, how)
+    for arguments in (
+        ["evaluate", run],
+        ["adapt", run, "--support", "s.csv", "--query", "q.csv", "--output", tmp_path / "p.csv"],
+        ["train", "--run-dir", run, "--resume"],
+    ):
+        message = refused(*arguments)
+        assert f"{name} " in message
+        assert "is cut off or altered" in message or "is altered" in message
+
+
+# Failures of a run
+
+
+def test_a_run_that_fails_exits_with_1(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    said = raymeta_cli(
+        "train", *SINUSOID, "algorithm.inner_rate=1e30", "algorithm.inner_steps=5", "--run-dir", tmp_path / "run"
+    )
+    assert said.code == 1
+    message = said.err.splitlines()[-1]
+    assert message.startswith("raymeta: outer step 0: the loss or gradient of tasks 0, 1 is not finite (2 of 2 tasks)")
+    assert "Traceback" not in said.err
+
+
+# evaluate
+
+
+def test_evaluate_gives_one_json_object(omniglot_run: Path, raymeta_cli: Callable[..., Said]) -> None:
+    said = raymeta_cli("evaluate", omniglot_run, "--episodes", "4", "--json")
+    assert said.code == 0
+    assert said.out.count("\n") == 1
+    found = json.loads(said.out)
+    tests = [record for record in RunDirectory(omniglot_run).read_metrics() if record["kind"] == "test"]
+    assert {key: found[key] for key in ("split", "episodes", "metric", "statistics", "inner_steps")} == {
+        "split": "test", "episodes": 4, "metric": "accuracy", "statistics": "batch", "inner_steps": 3,
+    }  # fmt: skip
+    # The run's own test: the same tasks, the same checkpoint.
+    assert found["checkpoint"] == RunDirectory(omniglot_run).find_step("best")
+    for record, summary in zip(tests, (found, found["other_statistics"]), strict=True):
+        assert {key: record[key] for key in ("mean", "ci95", "loss", "statistics")} == {
+            key: summary[key] for key in ("mean", "ci95", "loss", "statistics")
+        }
+    assert found["protocol"].startswith("3-way 1-shot, 2 queries per class, a rotation per class")
+    one = json.loads(raymeta_cli("evaluate", omniglot_run, "--episodes", "1", "--json").out)
+    assert one["ci95"] is None  # JSON has no nan
+
+
+def test_evaluate_of_another_split_checkpoint_and_setting(omniglot_run: Path, raymeta_cli: Callable[..., Said]) -> None:
+    def evaluated(*arguments: str) -> dict[str, Any]:
+        said = raymeta_cli("evaluate", omniglot_run, "--episodes", "5", "--json", *arguments)
+        assert said.code == 0, said.err
+        found: dict[str, Any] = json.loads(said.out)
+        return found
+
+    plain = evaluated()
+    validation = evaluated("--split", "validation", "--checkpoint", "2")
+    assert (validation["split"], validation["checkpoint"]) == ("validation", 2)
+    assert evaluated("--checkpoint", "latest")["checkpoint"] == 4
+    support = evaluated("evaluation.statistics=support", "evaluation.inner_steps=1", "evaluation.queries=4")
+    assert (support["statistics"], support["inner_steps"]) == ("support", 1)
+    assert "4 queries per class" in support["protocol"]
+    assert support["mean"] != plain["other_statistics"]["mean"] or support["loss"] != plain["other_statistics"]["loss"]
+    text = raymeta_cli("evaluate", omniglot_run, "--episodes", "5").out
+    assert f"accuracy {100 * plain['mean']:.2f} ± {100 * plain['ci95']:.2f} %  on 5 test tasks, 3 inner steps" in text
+
+
+def test_what_evaluate_refuses(omniglot_run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    for arguments, says in (
+        ([tmp_path], "is no run directory: there is no config.yaml"),
+        ([omniglot_run, "--checkpoint", "7"], "has no checkpoint of step 7. Steps there are: 2, 4"),
+        ([omniglot_run, "--checkpoint", "bst"], "checkpoint 'bst': expected best, latest or one of the steps"),
+        ([omniglot_run, "--split", "tset"], "'tset' is not one of 'train', 'validation', 'test'"),
+        ([omniglot_run, "--episodes", "0"], "0 is not in the range x>=1"),
+        ([omniglot_run, "nonsense"], "'nonsense': expected section.key=value here"),
+        ([omniglot_run, "model.filters=5"], "model.blocks.0.0.weight is (4, 1, 3, 3) there, (5, 1, 3, 3) here"),
+        ([omniglot_run, "tasks.ways=4"], "model.head.weight is (3, 4) there, (4, 4) here"),
+        ([omniglot_run, "evaluation.ways=4"], "has a head of 3 ways"),
+        ([], "Missing argument 'RUN_DIR'"),
+    ):
+        assert says in refused("evaluate", *arguments)
+
+
+# adapt, from images
+
+
+def drawings(number: int, rows: range) -> np.ndarray:
+    """Drawings of a class of the embedded Omniglot: uint8 [R, 1, 28, 28], ink 255."""
+    store = open_omniglot()
+    return store.rows(store.class_starts[number] + np.array(rows))
+
+
+def png_folders(place: Path, classes: Sequence[int], rows: range) -> Path:
+    """Class folders of PNG files as people have them: dark ink on white paper."""
+    for number in classes:
+        folder = place / f"character {number}"
+        folder.mkdir(parents=True)
+        for row, image in zip(rows, drawings(number, rows), strict=True):
+            Image.fromarray(255 - image[0]).save(folder / f"{row:02}.png")
+    return place
+
+
+CLASSES = (1300, 1400, 1500)
+
+
+def test_adapt_to_folders_of_images(omniglot_run: Path, tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    support = png_folders(tmp_path / "support", CLASSES, range(5))
+    query = png_folders(tmp_path / "query", CLASSES, range(5, 9))
+    output = tmp_path / "predictions.csv"
+    said = raymeta_cli(
+        "adapt", omniglot_run, "--support", support, "--query", query, "--output", output,
+        "--save", tmp_path / "fitted.safetensors",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    found = pa.csv.read_csv(output)
+    names = [f"character {number}" for number in CLASSES]
+    assert found.column_names == ["row", "prediction", *(f"probability_{name}" for name in names)]
+    assert found["row"].to_pylist() == [f"{name}/{row:02}.png" for name in names for row in range(5, 9)]
+
+    # The same through the API, with the store's own (inverted) images.
+    x, y = (np.concatenate([drawings(number, rows) for number in CLASSES]) for rows in (range(5), range(5, 9)))
+    labels = [name for name in names for _ in range(5)]
+    fitted = raymeta.load(omniglot_run).adapt(x, labels)
+    assert found["prediction"].to_pylist() == fitted.predict(y).tolist()
+    probabilities = np.stack([found[f"probability_{name}"].to_numpy() for name in names], 1)
+    np.testing.assert_allclose(probabilities, fitted.predict_proba(y), rtol=1e-5)
+    right = sum(a == b for a, b in zip(found["prediction"].to_pylist(), np.repeat(names, 4), strict=True))
+    assert "12 predictions in" in said.out
+    assert f"{right} of 12 agree with the query file's own labels" in said.out
+    again = raymeta.FittedModel.load(tmp_path / "fitted.safetensors")
+    np.testing.assert_array_equal(again.predict_proba(y), fitted.predict_proba(y))
+
+    # One image, transductive or not, other inner steps, another kind of file.
+    one = query / names[0] / "05.png"
+    said = raymeta_cli(
+        "adapt", omniglot_run, "--support", support, "--query", one, "--output", tmp_path / "one.parquet",
+        "--inner-steps", "7", "--transductive",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    expected = raymeta.load(omniglot_run).adapt(x, labels, 7).predict_proba(y[:1], transductive=True)[0]
+    table = pa.parquet.read_table(tmp_path / "one.parquet")
+    np.testing.assert_allclose([table[f"probability_{name}"][0].as_py() for name in names], expected, rtol=1e-5)
+    assert "agree" not in said.out
+
+
+def test_what_adapt_refuses(omniglot_run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    support = png_folders(tmp_path / "support", CLASSES, range(2))
+    two = png_folders(tmp_path / "two", CLASSES[:2], range(2))
+    (tmp_path / "text" / "a").mkdir(parents=True)
+    (tmp_path / "text" / "a" / "x.txt").write_text("no image")
+    wide = pa.table({"label": ["a", "b", "c"], "f": [0.0, 0.5, 1.0]})
+    pa.csv.write_csv(wide, tmp_path / "wide.csv")
+    output = tmp_path / "p.csv"
+
+    def adapt(support: Path, query: Path, output: Path = output, *more: str | Path) -> str:
+        return refused("adapt", omniglot_run, "--support", support, "--query", query, "--output", output, *more)
+
+    assert "support_y has 2 classes (character 1300, character 1400); the model was trained for 3" in adapt(
+        two, support
+    )
+    assert "nosuch does not exist" in adapt(tmp_path / "nosuch", support)
+    assert "nosuch does not exist" in adapt(support, tmp_path / "nosuch")
+    assert "x.txt is no image" in adapt(tmp_path / "text", support)
+    assert "rows of shape (1,)" in adapt(tmp_path / "wide.csv", support)
+    assert "the suffix is '.txt'; expected .csv, .parquet or .arrow" in adapt(support, two, tmp_path / "p.txt")
+    assert "does not exist; make it first" in adapt(support, two, tmp_path / "none" / "p.csv")
+    assert "--target is for regression" in adapt(support, two, output, "--target", "y")
+    assert "no checkpoint of step 9" in adapt(support, two, output, "--checkpoint", "9")
+    assert not output.exists()
+
+
+# adapt, from tables
+
+
+def class_table(seed: int, rows: int, classes: int) -> pa.Table:
+    """Columns kind, c, a, b: classes apart in the features."""
+    random = np.random.default_rng(seed)
+    kinds = np.arange(rows) % classes
+    centres = np.random.default_rng(9).normal(0, 3, (classes, 3))
+    x = centres[kinds] + random.normal(size=(rows, 3))
+    return pa.table({"kind": [f"k{kind}" for kind in kinds], "c": x[:, 0], "a": x[:, 1], "b": x[:, 2]})
+
+
+def write(table: pa.Table, path: Path) -> Path:
+    if path.suffix == ".csv":
+        pa.csv.write_csv(table, path)
+    elif path.suffix == ".parquet":
+        pa.parquet.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    return path
+
+
+@pytest.fixture(scope="module")
+def table_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("table")
+    pa.csv.write_csv(class_table(0, 200, 20), place / "t.csv")
+    arguments = ["data", "import", str(place / "t.csv"), "--label", "kind", "--output", str(place / "t.arrow")]
+    assert cli.run(arguments) == 0
+    (place / "own.yaml").write_text(
+        dump(
+            {
+                "tasks": {"name": "class_episodes", "store": str(place / "t.arrow"), "ways": 3, "queries": 4},
+                "model": {"name": "mlp", "hidden": [8]},
+                "algorithm": {"name": "maml", "inner_rate": 0.1},
+            }
+        )
+    )
+    return trained(place / "run", str(place / "own.yaml"), *TINY)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".arrow"])
+def test_adapt_to_tables(suffix: str, table_run: Path, tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    support, query = class_table(1, 9, 3), class_table(2, 6, 3)
+    # The columns in another order than in training, with one more, which is no feature.
+    order = ["b", "kind", "a", "c"]
+    other = support.select(order).append_column("note", pa.array(np.zeros(9)))
+    output = tmp_path / f"predictions{suffix}"
+    identified = query.drop_columns(["kind"]).append_column("name", pa.array([f"row {row}" for row in range(6)]))
+    said = raymeta_cli(
+        "adapt", table_run, "--support", write(other, tmp_path / f"s{suffix}"), "--label", "kind",
+        "--query", write(query.select(order), tmp_path / f"q{suffix}"), "--output", output,
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    found = {".csv": pa.csv.read_csv, ".parquet": pa.parquet.read_table}.get(
+        suffix, lambda path: pa.ipc.open_file(str(path)).read_all()
+    )(output)
+    features = ["c", "a", "b"]
+    x, y = (np.stack([table[name].to_numpy() for name in features], 1) for table in (support, query))
+    fitted = raymeta.load(table_run).adapt(x, support["kind"].to_pylist())
+    assert found["prediction"].to_pylist() == fitted.predict(y).tolist()
+    assert found["row"].cast(pa.string()).to_pylist() == [str(row) for row in range(1, 7)]
+    assert "of 6 agree with the query file's own labels" in said.out
+
+    support = support.append_column("name", pa.array(["x"] * 9))
+    named = raymeta_cli(
+        "adapt", table_run, "--support", write(support, tmp_path / f"s{suffix}"),
+        "--label", "kind", "--query", write(identified, tmp_path / f"q{suffix}"), "--output", tmp_path / "n.csv",
+        "--id", "name",
+    )  # fmt: skip
+    assert named.code == 0, named.err
+    assert pa.csv.read_csv(tmp_path / "n.csv")["row"].to_pylist() == [f"row {row}" for row in range(6)]
+    assert pa.csv.read_csv(tmp_path / "n.csv")["prediction"].to_pylist() == fitted.predict(y).tolist()
+
+
+def test_columns_of_other_names_count_by_their_place(
+    table_run: Path, tmp_path: Path, raymeta_cli: Callable[..., Said]
+) -> None:
+    support, query = (
+        table.rename_columns(["label", "x", "y", "z"]) for table in (class_table(1, 9, 3), class_table(2, 6, 3))
+    )
+    said = raymeta_cli(
+        "adapt", table_run, "--support", write(support, tmp_path / "s.csv"), "--query",
+        write(query, tmp_path / "q.csv"), "--output", tmp_path / "p.csv",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    x, y = (np.stack([table[name].to_numpy() for name in "xyz"], 1) for table in (support, query))
+    fitted = raymeta.load(table_run).adapt(x, support["label"].to_pylist())
+    assert pa.csv.read_csv(tmp_path / "p.csv")["prediction"].to_pylist() == fitted.predict(y).tolist()
+
+
+def test_what_adapt_refuses_of_tables(table_run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    support, query = class_table(1, 9, 3), class_table(2, 6, 3)
+    good, rows = write(support, tmp_path / "s.csv"), write(query, tmp_path / "q.csv")
+
+    def adapt(support: Path, query: Path = rows, *more: str) -> str:
+        arguments = ["--support", support, "--query", query, "--output", tmp_path / "p.csv", "--label", "kind", *more]
+        return refused("adapt", table_run, *arguments)
+
+    hole = support.set_column(1, "c", pa.array([0.5, None, *[1.0] * 7]))
+    assert "row 2" in adapt(write(hole, tmp_path / "hole.csv"))
+    assert "row 2" in adapt(
+        good, write(query.set_column(1, "c", pa.array([0.5, np.nan, *[1.0] * 4])), tmp_path / "n.parquet")
+    )
+    assert "column 'a'" in adapt(write(support.drop_columns(["a"]), tmp_path / "less.csv"))
+    assert "'a'" in adapt(good, write(query.drop_columns(["a"]), tmp_path / "less.csv"))
+    text = support.set_column(1, "c", pa.array(["x"] * 9))
+    assert "column 'c'" in adapt(write(text, tmp_path / "text.csv"))
+    assert "'kind'" in adapt(write(support.drop_columns(["kind"]), tmp_path / "nolabel.csv"))
+    assert "'name'" in adapt(good, rows, "--id", "name")
+    two = support.slice(0, 2)
+    assert "support_y has 2 classes (k0, k1); the model was trained for 3" in adapt(write(two, tmp_path / "two.csv"))
+    assert "has no rows" in adapt(write(support.slice(0, 0), tmp_path / "none.parquet"))
+    (tmp_path / "cut.parquet").write_bytes(write(support, tmp_path / "s.parquet").read_bytes()[:300])
+    assert "cut.parquet" in adapt(tmp_path / "cut.parquet")
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_adapt_to_numeric_targets(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    random = np.random.default_rng(0)
+    x, task = random.normal(100, 10, (160, 2)), np.repeat(np.arange(20), 8)
+    y = x @ np.array([1.0, 2.0]) + random.normal(size=20)[task] * 20
+    table = pa.table({"task": [f"t{number}" for number in task], "v": x[:, 0], "u": x[:, 1], "price": y})
+    config = {
+        "tasks": {
+            "name": "regression_table", "path": str(write(table, tmp_path / "t.parquet")), "targets": ["price"],
+            "shots": 4, "queries": 4, "standardise": "features_and_targets",
+        },
+        "model": {"name": "mlp", "hidden": [8]},
+        "algorithm": {"name": "maml", "inner_rate": 0.1},
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(dump(config))
+    run = trained(tmp_path / "run", str(tmp_path / "own.yaml"), *TINY)
+    (tmp_path / "t.parquet").unlink()
+    support, query = table.slice(0, 5).select(["u", "v", "price"]), table.slice(5, 3).select(["u", "v"])
+    arguments = [
+        "adapt",
+        run,
+        "--support",
+        write(support, tmp_path / "s.csv"),
+        "--query",
+        write(query, tmp_path / "q.csv"),
+    ]
+    said = raymeta_cli(*arguments, "--output", tmp_path / "p.csv")
+    assert said.code == 0, said.err
+    fitted = raymeta.load(run).adapt(x[:5], y[:5])
+    found = pa.csv.read_csv(tmp_path / "p.csv")
+    assert found.column_names == ["row", "price"]
+    np.testing.assert_allclose(found["price"].to_numpy(), fitted.predict(x[5:8])[:, 0], rtol=1e-4)
+    renamed = write(support.rename_columns(["u", "v", "cost"]), tmp_path / "r.csv")
+    arguments[3] = renamed
+    assert "'price'" in refused(*arguments, "--output", tmp_path / "p.csv")
+    assert raymeta_cli(*arguments, "--output", tmp_path / "p2.csv", "--target", "cost").code == 0
+    assert pa.csv.read_csv(tmp_path / "p2.csv")["cost"].equals(found["price"])
+
+
+def test_a_regression_whose_targets_have_no_names(sinusoid_run: Path, refused: Callable[..., str]) -> None:
+    message = refused("adapt", sinusoid_run, "--support", "s.csv", "--query", "q.csv", "--output", "p.csv")
+    assert message == "the model was trained on numeric targets; name their columns with --target"
+
+
+# data, recipes, help
+
+
+def test_a_store_from_images_to_a_run(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    folders = png_folders(tmp_path / "images", range(8), range(6))
+    store = tmp_path / "s.arrow"
+    said = raymeta_cli(
+        "data",
+        "import",
+        folders,
+        "--output",
+        store,
+        "--size",
+        "14",
+        "--gray",
+        "--invert",
+        "--fractions",
+        "0.5,0.25,0.25",
+    )
+    assert said.code == 0, said.err
+    assert "8 classes, 48 examples (6 in a class)" in said.out
+    assert "rows of shape [1, 14, 14], uint8" in said.out
+    info = raymeta_cli("data", "info", store, "--json", "--verify")
+    assert info.code == 0
+    found = json.loads(info.out)
+    assert (found["classes"], found["examples"], found["splits"]["random"]) == (
+        8, 48, {"train": 4, "validation": 2, "test": 2},
+    )  # fmt: skip
+    tasks = f"tasks={{name: class_episodes, store: {store}, ways: 2, queries: 2}}"
+    run = trained(tmp_path / "run", "omniglot-5w1s-maml", *TINY, "model.filters=4", tasks, "evaluation.queries=3")
+    said = raymeta_cli("evaluate", run, "--episodes", "3")
+    assert "2-way 1-shot, 3 queries per class, no rotations, split random" in said.out
+    assert raymeta_cli("data", "info").out.startswith(str(open_omniglot().path))
+
+
+def test_what_data_refuses(tmp_path: Path, refused: Callable[..., str]) -> None:
+    store = tmp_path / "s.arrow"
+    whole = Path(open_omniglot().path).read_bytes()
+    (tmp_path / "cut.arrow").write_bytes(whole[: len(whole) // 3])
+    table = write(pa.table({"kind": ["a", "b"], "x": [1.0, np.nan]}), tmp_path / "t.csv")
+    for arguments, says in (
+        (["info", tmp_path / "nosuch.arrow"], "nosuch.arrow does not exist"),
+        (["info", tmp_path / "cut.arrow"], "cut.arrow"),
+        (["import", tmp_path / "nosuch", "--output", store], "nosuch"),
+        (["import", table, "--output", store], "label"),
+        (["import", table, "--output", store, "--label", "kind"], "row 2"),
+        (["import", table, "--output", store, "--fractions", "a,b"], "--fractions 'a,b'; expected three numbers"),
+        (["import", table, tmp_path / "u.csv", "--output", store], "takes one SOURCE, got 2"),
+        (["import", table], "Missing option '--output'"),
+    ):
+        assert says in refused("data", *arguments)
+    assert not store.exists()
+
+
+def test_recipes_one_line_each(raymeta_cli: Callable[..., Said]) -> None:
+    lines = raymeta_cli("recipes").out.splitlines()
+    assert len(lines) >= 12
+    assert any(line.startswith("omniglot-5w1s-maml ") and "MAML" in line for line in lines)
+
+
+def test_help_and_version(raymeta_cli: Callable[..., Said]) -> None:
+    for name in ("train", "evaluate", "adapt", "tune", "report", "data", "recipes"):
+        assert name in raymeta_cli("--help").out
+        assert raymeta_cli(name, "--help").code == 0
+    assert raymeta_cli("--version").out == f"raymeta, version {raymeta.__version__}\n"
+    assert raymeta_cli("frobnicate").code == 2
+
+
+# On Ray
+
+
+@pytest.mark.ray
+def test_ray_workers_give_the_same_run_and_too_great_a_demand_is_said(
+    ray_cluster: str, tmp_path: Path, raymeta_cli: Callable[..., Said]
+) -> None:
+    local = trained(tmp_path / "local", *SINUSOID)
+    on_ray = ["workers.backend=ray", "workers.count=2"]
+    said = raymeta_cli("train", *SINUSOID, *on_ray, "--run-dir", tmp_path / "ray")
+    assert said.code == 0, said.err
+    assert "on 2 ray workers" in said.err
+    assert same_bits(local, tmp_path / "ray")
+    # A run on a cluster is evaluated on one's own machine.
+    evaluated = raymeta_cli("evaluate", tmp_path / "ray", "workers.backend=local", "--episodes", "4", "--json")
+    assert evaluated.code == 0, evaluated.err
+    tests = [record for record in RunDirectory(local).read_metrics() if record["kind"] == "test"]
+    assert json.loads(evaluated.out)["mean"] == tests[0]["mean"]
+
+    said = raymeta_cli(
+        "train", *SINUSOID, *on_ray, "workers.gpus_per_worker=1", "workers.wait_seconds=1", "--run-dir", tmp_path / "no"
+    )
+    assert said.code == 2
+    assert "asked for 2 workers with 1 CPU and 1 GPU each" in said.err
+    assert "Traceback" not in said.err
+    # Nothing was begun: the same directory can be given again.
+    assert raymeta_cli("train", *SINUSOID, "--run-dir", tmp_path / "no").code == 0
