@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tasks", "algorithms"}),
     frozenset({"workers"}),
     frozenset({"storage", "yaml_text", "checkpoint", "event_file", "run_directory"})
-    | frozenset({"evaluation", "outer_optimizer", "trainer"}),
+    | frozenset({"evaluation", "outer_optimizer", "precision", "trainer"}),
     frozenset({"parts", "sections", "config", "build"}),
     # The faces; the command line calls the others.
     frozenset({"adapted", "progress"}),
