@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ def run_search(plan: Plan, objective: Objective, directory: str, resume: bool = 
         progress = Progress(objective)
         tuner = _tuner(plan, objective, storage, directory, bundles, progress, resume)
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints every traceback; failures are shown below
-        with Signals() as signals:
+        with Signals() as signals, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="ray.tune")
             results = tuner.fit()
         trials = [_outcome(result, plan, objective, storage, directory) for result in results]
     finally:
@@ -179,7 +181,7 @@ def _tuner(
             name=name,
             storage_path=parent or "/",
             storage_filesystem=filesystem,
-            stop=_Stop(plan.tune.stop, objective),
+            stop=_Stop(plan.tune.stop, plan.outer_steps, objective),
             failure_config=tune.FailureConfig(max_failures=plan.tune.retries),
             checkpoint_config=tune.CheckpointConfig(
                 num_to_keep=KEPT_IN_POPULATION if population else KEPT_CHECKPOINTS,
@@ -263,15 +265,16 @@ def _searcher(plan: Plan, objective: Objective) -> Any:
 
 
 class _Stop(tune.Stopper):
-    """`tune.stop`, but for the search's own time."""
+    """`tune.stop`, but for the search's own time; and the last outer step, after which a scheduler that gives a trial
+    a rest would otherwise start it again just to see it end."""
 
-    def __init__(self, stop: sections.Stop, objective: Objective) -> None:
-        self.stop, self.objective = stop, objective
+    def __init__(self, stop: sections.Stop, outer_steps: int, objective: Objective) -> None:
+        self.stop, self.outer_steps, self.objective = stop, outer_steps, objective
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         stop, sign = self.stop, self.objective.sign
         return (
-            (stop.outer_step is not None and result["outer_step"] >= stop.outer_step)
+            result["outer_step"] >= self.outer_steps
             or (stop.value is not None and sign * result[self.objective.metric] >= sign * stop.value)
             or (stop.trial_seconds is not None and result["time_total_s"] >= stop.trial_seconds)
         )
@@ -313,8 +316,9 @@ def _origin(storage: Storage, directory: str) -> Origin | None:
     found = tune.get_checkpoint()
     if found is None:
         return None
-    place = _place(found, storage, directory)
-    return Origin(Storage(found.filesystem, found.path, place), place)
+    name = tune.get_context().get_trial_id()
+    shown = _place(found, storage, directory)
+    return Origin(Storage(found.filesystem, found.path, shown), storage.at(name), f"{directory.rstrip('/')}/{name}")
 
 
 def _place(checkpoint: Any, storage: Storage, directory: str) -> str:
@@ -329,7 +333,7 @@ def _place(checkpoint: Any, storage: Storage, directory: str) -> str:
 def _outcome(result: Any, plan: Plan, objective: Objective, storage: Storage, directory: str) -> Trial:
     """A trial of Tune's at the best of its checkpoints."""
     name = result.path.rstrip("/").rpartition("/")[2]
-    settings, numbers = plain(result.config), result.metrics or {}
+    settings, numbers = plain(result.config or {}), result.metrics or {}
     reached = numbers.get("outer_step", 0)
     if result.error is not None:
         state = "failed"

@@ -3,7 +3,7 @@
 The run directory lies on the trial's own machine while it is written. What `report` is given at each validation is
 copied to the search's storage, so that each checkpoint of a trial is itself a run directory, which `evaluate`, `adapt`
 and `initial_checkpoint` take. `trial.json` in it says which trial wrote it, with which settings, and which others came
-before.
+before. A checkpoint that a trial takes over from another one is kept in `TRIAL/initial-*`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class Origin:
     """The checkpoint that Tune wants a trial to go on from.
 
     Attributes:
-        storage: the run directory in the search's storage.
-        place: its path or URI, as `initial_checkpoint` takes it.
+        storage: the run directory in it.
+        own: the trial's own directory, in the search's storage. place: its path or URI.
     """
 
     storage: Storage
+    own: Storage
     place: str
 
 
@@ -78,9 +79,10 @@ def run_trial(
     initial = run["initial_checkpoint"]
     if origin is not None and resumes:
         initial = history[-1]["initial_checkpoint"]
+        folder.mkdir()
         fs.copy_files(origin.storage.path, str(folder), source_filesystem=origin.storage.filesystem)
     elif origin is not None:
-        initial = f"{origin.place}/{STEPS}/{step_name(RunDirectory(origin.storage).find_step('latest'))}"
+        initial = _kept(origin, record)
     config = load_config(run, [*settings_overrides(settings), *settings_overrides({"initial_checkpoint": initial})])
     parts = build.check(config)
     directory = RunDirectory(folder)
@@ -113,6 +115,19 @@ def _take_over(trainer: MetaTrainer, found: Checkpoint) -> None:
     """What another trial's training has come to, beside its weights: the outer step and the optimiser's state."""
     trainer.step_number = found.step
     trainer.optimizer.load_state(found.optimizer)
+    if found.step < trainer.outer.steps:
+        trainer.validated_step = found.step  # what others' settings have done is not this trial's to report
+
+
+def _kept(origin: Origin, record: Mapping[str, Any] | None) -> str:
+    """The checkpoint as an `initial_checkpoint` that stays: Tune deletes its own copy when there are newer ones."""
+    assert record is not None, "a checkpoint has a record"
+    step = step_name(RunDirectory(origin.storage).find_step("latest"))
+    name = f"initial-{record['trial']}-{step}"
+    source, kept = origin.storage.at(STEPS).at(step), origin.own.at(name).at(STEPS).at(step)
+    kept.make()
+    fs.copy_files(source.path, kept.path, source_filesystem=source.filesystem, destination_filesystem=kept.filesystem)
+    return f"{origin.place}/{name}/{STEPS}/{step}"
 
 
 def _read_record(storage: Storage) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class Progress(tune.Callback):
         self.objective = objective
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        say(f"trial {trial.trial_id} begins: {settings_text(trial.config)}")
+        verb = "goes on" if trial.checkpoint else "begins"
+        say(f"trial {trial.trial_id} {verb}: {settings_text(trial.config)}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
