@@ -55,6 +55,8 @@ LOST = (
     exceptions.OutOfMemoryError,
     exceptions.GetTimeoutError,
 )
+# Ray puts on disk what its object store cannot hold: it has no room when that is full too.
+NO_ROOM = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError)
 RETRY_SECONDS = 0.5  # between attempts to set a lost worker up again
 FETCH_SECONDS = 60.0  # for a result that is there, from its node to the driver's
 
@@ -263,11 +265,8 @@ class RayPool(WorkerPool):
         array = params.detach().cpu().contiguous().numpy()
         try:
             return ray.put(array)
-        except exceptions.ObjectStoreFullError as error:
-            raise RunError(
-                f"the parameters ({array.nbytes / 1e6:.0f} MB) do not fit into Ray's object store; "
-                f"{describe_cluster()}. Start Ray with a larger object_store_memory."
-            ) from error
+        except NO_ROOM as error:
+            raise _no_room(f"the parameters ({array.nbytes / 1e6:.0f} MB)", "this node") from error
 
     # Handing out work, and who does it when something goes wrong
 
@@ -342,6 +341,8 @@ class RayPool(WorkerPool):
                 return
             if call.number != number:
                 return  # the job that it was for has ended
+            if isinstance(error.cause, NO_ROOM):
+                raise _no_room(f"the result of worker {member.number} in {job.what}", _where(member)) from error
             raise _cause(error, f"worker {member.number} in {job.what}") from error
         except exceptions.RayError as error:
             raise RunError(f"worker {member.number} in {job.what} failed: {first_line(error)}") from error
@@ -470,3 +471,10 @@ def _cause(error: exceptions.RayTaskError, where: str) -> Exception:
 
 def _where(member: Member) -> str:
     return f"{member.report.host}, pid {member.report.pid}" if member.report else "not set up"
+
+
+def _no_room(what: str, where: str) -> RunError:
+    return RunError(
+        f"Ray has no room for {what} on {where}: its object store is full, and so is the disk that takes what does "
+        "not fit. Start Ray with a larger object_store_memory, or make room on the disk of its temp_dir."
+    )

@@ -31,6 +31,8 @@ from raymeta.workers.reduction import Reducer
 
 # Batches drawn ahead for the next step are kept up to this many bytes in each worker.
 PREPARED_BYTES = 256 << 20
+# What torch says when the system gives it no memory: a plain RuntimeError.
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 class Learning(Protocol):
@@ -124,7 +126,7 @@ class TaskError(RunError):
 
 
 class DeviceError(RunError):
-    """The worker's GPU is out of memory or in a state that only a new process gets out of."""
+    """The worker is out of memory, or its GPU in a state that only a new process gets out of."""
 
 
 class Worker:
@@ -295,11 +297,11 @@ def _names(tasks: Sequence[int]) -> str:
 
 
 def _is_device_error(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     accelerator: type[Exception] | None = getattr(torch, "AcceleratorError", None)
     return (accelerator is not None and isinstance(error, accelerator)) or (
-        isinstance(error, RuntimeError) and "CUDA error" in str(error)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in ("CUDA error", *NO_MEMORY))
     )
 
 
