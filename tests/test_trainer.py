@@ -236,6 +236,27 @@ def test_a_run_stopped_by_a_signal_goes_on_with_the_same_bits(
     same_run(tmp_path, undisturbed[0])
 
 
+@pytest.mark.parametrize("asked", [3, 5, 11, 29, 32, 33, 34, 58, 63, 70, 76, 78, 80])
+def test_a_signal_at_any_moment_gives_up_what_is_being_computed(
+    asked: int, tmp_path: Path, undisturbed: tuple[Path, torch.Tensor, dict[str, Any]]
+) -> None:
+    """The signal comes when it is asked for the n-th time: in a step, in a validation, in the test."""
+    parts, count = parts_of(Sinusoid()), 0
+
+    def stop() -> int | None:
+        nonlocal count
+        count += 1
+        return 15 if count >= asked else None
+
+    with new_run(tmp_path) as run, pytest.raises(Interrupted) as interrupted:
+        trainer_of(parts, run).fit(stop=stop)
+    assert RunDirectory(tmp_path).find_step("latest") == interrupted.value.step
+    trainer, run = resumed(parts, tmp_path)
+    with run:
+        assert trainer.fit() == undisturbed[2]
+    same_run(tmp_path, undisturbed[0])
+
+
 @pytest.mark.parametrize(("kind", "step"), [("step", 7), ("step", 12), ("validation", 10), ("validation", 12)])
 def test_a_run_that_died_goes_on_from_its_last_checkpoint_with_the_same_bits(
     kind: str, step: int, tmp_path: Path, undisturbed: tuple[Path, torch.Tensor, dict[str, Any]]
