@@ -158,6 +158,7 @@ class MetaTrainer:
                     break
                 record = self.step()
                 self._record_training(record)
+                self._show_step(record)
                 emit("step", record)
             if not test:
                 assert self.best is not None, "validation comes first"
@@ -201,6 +202,7 @@ class MetaTrainer:
             if self.run is None:
                 self._best_flat = self.flat.clone()
         self.validated_step = self.step_number
+        self.pool.show({"validation_metric": found.mean})
         self._write(record, {"validation/" + self.metric: found.mean, "validation/loss": found.loss})
         self._save(best=better)
         emit("validation", {**record, "best": better})
@@ -242,6 +244,15 @@ class MetaTrainer:
             {f"train/{name}": value for name, value in means.items()},
         )
         self._sums, self._summed_steps, self._summed_seconds = {}, 0, 0.0
+
+    def _show_step(self, record: Record) -> None:
+        seconds = record["step_seconds"]
+        values = {
+            "outer_step": float(record["step"]),
+            "tasks_per_second": self.outer.tasks_per_step / seconds,
+            "train_loss": record["loss"],
+        }
+        self.pool.show(values, update_seconds=max(0.0, seconds - self.pool.timings.total_seconds))
 
     def _write(self, record: Record, scalars: Mapping[str, float]) -> None:
         if self.run is not None:

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ evaluation: {every_steps: 500, tasks: 20, test_tasks: 20}
 class Cluster:
     """What a client needs to reach it, apart from the user's own environment."""
 
+    head: int
     environment: dict[str, str]
     gcs: str
     dashboard: str
@@ -131,7 +133,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         assert within(START_SECONDS, lambda: "Ray runtime started" in log.read_text() or head.poll() is not None)
         assert head.poll() is None, log.read_text()
         yield Cluster(
-            environment, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics"
+            head.pid,
+            environment,
+            f"127.0.0.1:{gcs}",
+            f"http://127.0.0.1:{dashboard}",
+            f"http://127.0.0.1:{metrics}/metrics",
         )
     finally:
         head.terminate()
@@ -224,15 +230,67 @@ def test_without_the_token_nothing_is_reached(cluster: Cluster, project: Path):
     assert refused.value.code == 401
 
 
-def test_a_driver_that_is_no_job_sends_absolute_paths(cluster: Cluster, project: Path, tmp_path):
+GAUGES = {
+    *("ray_raymeta_outer_step", "ray_raymeta_tasks_per_second", "ray_raymeta_train_loss"),
+    *("ray_raymeta_validation_metric", "ray_raymeta_step_seconds"),
+}
+RESTARTS = "ray_raymeta_worker_restarts_total"
+
+
+def processes(parent: int) -> list[int]:
+    """All that a process has started, and they."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        children = []
+    return children + [process for child in children for process in processes(child)]
+
+
+def title(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def gauges(cluster: Cluster) -> dict[str, list[str]]:
+    """The lines of each of raymeta's metrics at the node's endpoint for Prometheus."""
+    with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("ray_raymeta_"):
+            found.setdefault(re.split(r"[{ ]", line)[0], []).append(line)
+    return found
+
+
+def test_a_driver_that_is_no_job_sends_absolute_paths_and_shows_gauges(cluster: Cluster, project: Path, tmp_path):
     """The workers' working directory is the one that `ray start` had, not this driver's."""
-    done = subprocess.run(
-        [sys.executable, "-m", "raymeta", "train", "job.yaml", "outer.steps=3", "--run-dir", tmp_path / "run"],
-        cwd=project,
-        env={**cluster.environment, "RAY_ADDRESS": cluster.gcs},
-        capture_output=True,
-        text=True,
-        timeout=JOB_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
+    settings = ["outer.steps=1000000", "evaluation.every_steps=20", "workers.count=1"]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "raymeta", "train", "job.yaml", *settings, "--run-dir", tmp_path / "run"],
+            cwd=project,
+            env={**cluster.environment, "RAY_ADDRESS": cluster.gcs},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        shown = within(60, lambda: gauges(cluster).keys() >= GAUGES)
+        assert shown, (gauges(cluster), (tmp_path / "log").read_text())
+        found = gauges(cluster)
+        assert found.keys() - {"ray_raymeta_stragglers_total"} == GAUGES
+        parts = {part for line in found["ray_raymeta_step_seconds"] for part in re.findall(r'part="(\w+)"', line)}
+        assert parts == {"broadcast", "compute", "gather", "add", "update"}
+        assert float(found["ray_raymeta_outer_step"][0].split()[-1]) >= 20
+        assert float(found["ray_raymeta_tasks_per_second"][0].split()[-1]) > 1
+        assert float(found["ray_raymeta_train_loss"][0].split()[-1]) > 0
+        (worker,) = [process for process in processes(cluster.head) if title(process).startswith("ray::RemoteWorker")]
+        os.kill(worker, signal.SIGKILL)
+        assert within(60, lambda: RESTARTS in gauges(cluster)), (tmp_path / "log").read_text()
+        assert float(gauges(cluster)[RESTARTS][0].split()[-1]) == 1
+    finally:
+        driver.terminate()
+    assert driver.wait(timeout=30) == 128 + 15, (tmp_path / "log").read_text()
     assert "path: data/lines.csv" in (tmp_path / "run" / "config.yaml").read_text()
+    assert RunDirectory(tmp_path / "run").steps()

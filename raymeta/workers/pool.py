@@ -82,6 +82,16 @@ class WorkerPool(ABC):
         The tasks run in batches that follow from their positions alone, `function` once per batch.
         """
 
+    def show(  # noqa: B027 (a pool without a place for numbers need not say so)
+        self, values: Mapping[str, float], update_seconds: float | None = None
+    ) -> None:
+        """Numbers for who watches the run, where the pool has a place for them (Ray's metrics); else nothing.
+
+        Args:
+            values: of `outer_step`, `tasks_per_second`, `train_loss`, `validation_metric` those that are new.
+            update_seconds: with a step's numbers, what the step took beside `timings`.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """End the workers and give back what they held. A second call does nothing."""

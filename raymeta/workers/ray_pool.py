@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from raymeta.workers.demand import check_demand, kinds, places, text
 from raymeta.workers.jobs import GradientJob, Job, MapJob
 from raymeta.workers.pool import StepTimings, WorkerPool, require_alike
 from raymeta.workers.ray_cluster import bundle_of, connect, describe_cluster, first_line
+from raymeta.workers.ray_gauges import Gauges
 from raymeta.workers.ray_worker import NotSetUp, RemoteWorker
 from raymeta.workers.reduction import assign, chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.worker import (
@@ -135,6 +136,7 @@ class RayPool(WorkerPool):
         check_demand(count, cpus_per_worker, gpus_per_worker, wait_seconds)
         self._owns_cluster = connect(address)
         try:
+            self._gauges = Gauges()
             self._bundle = bundle_of(cpus_per_worker, gpus_per_worker, self._settings.device)
             self._place(count)
             self._build = ray.put(build)
@@ -228,6 +230,11 @@ class RayPool(WorkerPool):
         if self._owns_cluster:
             self._owns_cluster = False
             ray.shutdown()
+
+    def show(self, values: Mapping[str, float], update_seconds: float | None = None) -> None:
+        self._gauges.show(values)
+        if update_seconds is not None:
+            self._gauges.show_step(self.timings, update_seconds)
 
     # The two things that workers do
 
@@ -388,6 +395,7 @@ class RayPool(WorkerPool):
                 self._lose(member, call, job, number, failures, late, kill=True)
             elif now >= call.move_at and not call.moved and call.number == number and self._has_idle():
                 call.moved = True
+                self._gauges.stragglers.inc()
                 logger.debug(
                     "worker %d (%s) is slow in %s: its work goes to others as well.",
                     *(member.number, _where(member), job.what),
@@ -446,6 +454,7 @@ class RayPool(WorkerPool):
             member.report = report
             member.away = False
             self.reports = tuple(each.report for each in self._members if each.report is not None)
+            self._gauges.restarts.inc()
             logger.warning("worker %d is back (%s).", member.number, _where(member))
 
     def _require_workers(self, job: Job, missing: list[int]) -> None:
