@@ -7,14 +7,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from raymeta.metrics import shown_metric
+from raymeta.metrics import LOSSES, shown_metric
 
 # In a log, a line at least every so many seconds, and one for each validation.
 LOG_SECONDS = 20.0
 # The numbers shown are means that forget with this factor a step; a step's own are noise.
 DECAY = 0.95
+# Of the bar on a terminal: characters of the bar itself; of the time left and the spaces between all of them.
+BAR_WIDTH, TIME_WIDTH = 16, 11
 
 
 class RunProgress:
@@ -27,23 +29,16 @@ class RunProgress:
     """
 
     def __init__(self, steps: int, done: int, tasks_per_step: int, metric: str, console: Console) -> None:
-        self.steps, self.done, self.tasks_per_step, self.metric, self.console = (
-            steps,
-            done,
-            tasks_per_step,
-            metric,
-            console,
-        )
-        self.validation = ""
+        self.steps, self.done, self.tasks_per_step = steps, done, tasks_per_step
+        self.metric, self.console = metric, console
         self.smooth: dict[str, float] = {}
         self.weight = 0.0
         self.line_time = time.monotonic()
         self.bar: Progress | None = None
         if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(), console=console, transient=False,
-            )  # fmt: skip
+            count, time_left = TextColumn("step {task.completed:,}/{task.total:,}"), TimeRemainingColumn()
+            bar, numbers = BarColumn(BAR_WIDTH), TextColumn("{task.fields[numbers]}")
+            self.bar = Progress(count, bar, numbers, time_left, console=console)
             self.task = self.bar.add_task("", total=steps, completed=done, numbers="")
 
     def __enter__(self) -> Self:
@@ -62,7 +57,6 @@ class RunProgress:
         elif kind == "validation":
             mark = " (best so far)" if record["best"] else ""
             shown = f"validation {shown_metric(self.metric, record['mean'], record['ci95'])}"
-            self.validation = f", {shown}"
             self._say(f"step {record['step']:,}/{self.steps:,}: {shown}{mark}")
 
     def _step(self, record: dict[str, Any]) -> None:
@@ -70,19 +64,23 @@ class RunProgress:
         self.weight = DECAY * self.weight + 1 - DECAY
         for name in ("loss", self.metric, "step_seconds"):
             self.smooth[name] = DECAY * self.smooth.get(name, 0.0) + (1 - DECAY) * record[name]
-        numbers = self._numbers()
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, numbers=numbers + self.validation)
+            # What does not fit would take its place from the count and the time left.
+            room = self.console.width - len(f"step {self.steps:,}/{self.steps:,}") - BAR_WIDTH - TIME_WIDTH
+            self.bar.update(self.task, completed=self.done, numbers=self._numbers(room))
         elif time.monotonic() - self.line_time >= LOG_SECONDS:
             left = (self.steps - self.done) * self.smooth["step_seconds"] / self.weight
-            self._say(f"step {self.done:,}/{self.steps:,}: {numbers}, {_duration(left)} left")
+            self._say(f"step {self.done:,}/{self.steps:,}: {self._numbers()}, {_duration(left)} left")
 
-    def _numbers(self) -> str:
+    def _numbers(self, room: int | None = None) -> str:
+        """Metric, loss and speed, as many of them as there is room for."""
         means = {name: value / self.weight for name, value in self.smooth.items()}
-        return (
-            f"loss {means['loss']:.3f}, {shown_metric(self.metric, means[self.metric])}, "
-            f"{self.tasks_per_step / means['step_seconds']:,.0f} tasks/s"
-        )
+        text = shown_metric(self.metric, means[self.metric])
+        others = [] if self.metric in LOSSES else [f"loss {means['loss']:.3f}"]
+        for part in [*others, f"{self.tasks_per_step / means['step_seconds']:,.0f} tasks/s"]:
+            if room is None or len(text) + 2 + len(part) <= room:
+                text = f"{text}, {part}"
+        return text
 
     def _say(self, text: str) -> None:
         self.line_time = time.monotonic()

@@ -46,7 +46,7 @@ class Process:
             start_new_session=True, **more,
         )  # type: ignore[call-overload]  # fmt: skip
 
-    def until_step(self, step: int, seconds: float = 60) -> None:
+    def until_step(self, step: int, seconds: float = 120) -> None:
         """Wait until the run's metrics have reached a step."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -58,7 +58,7 @@ class Process:
             time.sleep(0.02)
         raise AssertionError(f"no step {step} within {seconds} s")
 
-    def ended(self, seconds: float = 60) -> tuple[int, str, str]:
+    def ended(self, seconds: float = 120) -> tuple[int, str, str]:
         out, err = self.popen.communicate(timeout=seconds)
         return self.popen.returncode, out, err
 

@@ -45,9 +45,9 @@ def test_a_log_gets_plain_lines_from_time_to_time(monkeypatch: pytest.MonkeyPatc
         shown.on_record("test", {"step": 62})
     assert log.getvalue().splitlines() == [
         # Means over steps that were all alike; 60 steps of half a second are to come.
-        "step 40/100: loss 2.000, accuracy 25.00 %, 16 tasks/s, 0:30 left",
+        "step 40/100: accuracy 25.00 %, loss 2.000, 16 tasks/s, 0:30 left",
         "step 60/100: validation accuracy 50.00 ± 12.50 % (best so far)",
-        "step 62/100: loss 2.000, accuracy 25.00 %, 16 tasks/s, 0:19 left",
+        "step 62/100: accuracy 25.00 %, loss 2.000, 16 tasks/s, 0:19 left",
         "step 62/100: validation accuracy 50.00 ± 12.50 %",
     ]
     assert "\x1b" not in log.getvalue()
@@ -70,8 +70,8 @@ def test_a_terminal_gets_a_bar() -> None:
             shown.on_record("step", step(number))
         shown.on_record("validation", validation(20, best=True))
     text = screen.getvalue()
-    assert "20/20" in text
-    assert "loss 2.000, accuracy 25.00 %, 16 tasks/s" in text
+    assert "step 20/20" in text
+    assert "accuracy 25.00 %, loss 2.000, 16 tasks/s" in text
     assert "validation accuracy 50.00 ± 12.50 % (best so far)" in text
 
 
@@ -79,7 +79,30 @@ def test_a_resumed_bar_begins_where_the_run_was() -> None:
     screen = io.StringIO()
     with RunProgress(20, 5, 8, "accuracy", Console(file=screen, force_terminal=True, width=120)):
         pass
-    assert "5/20" in screen.getvalue().replace(" ", "")
+    assert "step 5/20" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "numbers"),
+    [(60, "accuracy 25.00 %"), (80, "accuracy 25.00 %, loss 2.000"), (100, "accuracy 25.00 %, loss 2.000, 16 tasks/s")],
+)
+def test_a_narrow_terminal_keeps_count_bar_and_time(width: int, numbers: str) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system=None, width=width)
+    with RunProgress(60_000, 59_000, 8, "accuracy", console) as shown:
+        shown.on_record("step", step(59_999))
+    last = [line for line in screen.getvalue().splitlines() if line.strip("\x1b[]0123456789;?hlKA \r")][-1]
+    assert "step 59,999/60,000 ━" in last
+    assert f"{numbers} " in last
+    assert "loss" in numbers or "loss" not in last
+    assert ":" in last.split(numbers)[1]
+    assert "…" not in last
+
+
+def test_a_metric_that_is_the_loss_is_shown_once() -> None:
+    shown = RunProgress(10, 0, 8, "mean_squared_error", Console(file=io.StringIO()))
+    shown.on_record("step", step(1, mean_squared_error=2.0))
+    assert shown._numbers() == "mean squared error 2.0000, 16 tasks/s"
 
 
 def test_durations() -> None:
