@@ -81,7 +81,7 @@ def svg(trials: Sequence[Trial], space: Mapping[str, Distribution], objective: O
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         _text(24, 28, f"{title}: {objective.metric} of {counted}", "start", 16),
     ]
-    colored = Axis("", low, high if high > low else low + 1e-9, 0, 1)
+    colored = Axis("", low, high if high > low else low + max(1e-9, abs(low) * 1e-6), 0, 1)
     parts += _panel(trials, best, space, x, y, objective, colored, 84, 470)
     if y is not None:
         parts += _color_bar(colored, objective, 494)
@@ -129,7 +129,7 @@ def _axis(name: str, each: Distribution, trials: Sequence[Trial], begin: float, 
     if logarithmic:
         margin = (high / low) ** 0.05
         return Axis(name, low / margin, high * margin, begin, end, logarithmic=True)
-    margin = (high - low or 1.0) * (0.12 if all(isinstance(value, int) for value in values) else 0.05)
+    margin = (high - low or abs(high) or 1.0) * (0.12 if all(isinstance(value, int) for value in values) else 0.05)
     return Axis(name, low - margin, high + margin, begin, end)
 
 

@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.exceptions import RayTaskError
 
 from raymeta.progress import shown_metric
@@ -43,16 +43,25 @@ class Progress(tune.Callback):
         say(f"trial {trial.trial_id} step {result['outer_step']:,}: validation {value}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error()
+        error = _last_error(trial)
         if not isinstance(getattr(error, "cause", None), Hopeless):
             say(f"trial {trial.trial_id} is tried again after: {error_line(error)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        say(f"trial {trial.trial_id} failed: {error_line(trial.get_pickled_error())}")
+        say(f"trial {trial.trial_id} failed: {error_line(_last_error(trial))}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ended = sum(each.is_finished() or each is trial for each in trials)
         say(f"trial {trial.trial_id} has ended ({ended} of {len(trials)} so far)")
+
+
+def _last_error(trial: Any) -> BaseException | None:
+    """From the trial's folder on this machine: what Ray's own getter reads is there only later."""
+    path = trial.pickled_error_file
+    if not path or not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        return cloudpickle.load(file)
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,3 +104,14 @@ def test_a_picture_of_failures_alone_is_a_picture() -> None:
     failed = [trial for trial in trials() if trial.state == "failed"]
     root = ElementTree.fromstring(svg(failed, SPACE, ACCURACY, "search"))
     assert len(root.findall("{http://www.w3.org/2000/svg}path")) == 2
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1e30, -3.0])
+def test_one_trial_alone_has_its_place(value: float) -> None:
+    space = {"outer.rate": distribution("outer.rate", {"grid": [value]})}
+    trial = Trial("t", "finished", {"outer.rate": value}, value, 0.0, 1, "/runs/t")
+    for objective in (ACCURACY, LOSS):
+        circles = ElementTree.fromstring(svg([trial], space, objective, "search")).findall(
+            "{http://www.w3.org/2000/svg}circle"
+        )
+        assert [circle.get("fill") for circle in circles] != []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,12 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 CONFIGS = sorted((Path(__file__).parents[2] / "tune_configs").glob("*.yaml"))
 SMALL = [
-    "outer.steps=4",
-    "outer.warmup_steps=0",
-    "outer.tasks_per_step=2",
-    "evaluation.every_steps=2",
-    "evaluation.tasks=4",
-    "tune.samples=2",
+    *("outer.steps=4", "outer.warmup_steps=0", "outer.tasks_per_step=2", "evaluation.every_steps=2"),
+    *("evaluation.tasks=4", "tune.samples=2"),
 ]
 # What each needs beside that, to be small or to have what it asks for.
 CHANGES = {
@@ -132,7 +129,7 @@ def when(there: Callable[[], bool], act: Callable[[], None]) -> threading.Thread
 
 
 def test_a_search_that_a_signal_ended_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
-    plan = sinusoids({"outer.rate": {"grid": [1e-3, 1e-2]}}, steps=400, searcher="grid", concurrency=1)
+    plan = sinusoids({"outer.rate": {"grid": [1e-3, 1e-2]}}, steps=20, searcher="grid", concurrency=1)
     objective, directory = check(plan), tmp_path / "search"
     killer = when(
         lambda: any(directory.glob("*/checkpoint_*/trial.json")), lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -143,7 +140,7 @@ def test_a_search_that_a_signal_ended_is_resumed_with_the_same_bits(tmp_path: Pa
     assert not (directory / "best.yaml").exists()
     with pytest.raises(InputError, match="exists already"):
         run_search(plan, objective, str(directory))
-    other = sinusoids({"outer.rate": {"grid": [1e-3, 2e-2]}}, steps=400, searcher="grid", concurrency=1)
+    other = sinusoids({"outer.rate": {"grid": [1e-3, 2e-2]}}, steps=20, searcher="grid", concurrency=1)
     with pytest.raises(InputError, match=r"search\.outer\.rate\.grid"):
         run_search(other, objective, str(directory), resume=True)
     found = run_search(plan, objective, str(directory), resume=True)
@@ -167,7 +164,7 @@ def test_a_population_hands_weights_on(tmp_path: Path) -> None:
     scheduler = {"name": "population_based", "perturbation_interval": 2, "quantile_fraction": 0.5, "synch": True}
     plan = sinusoids(
         {"outer.rate": {"loguniform": [1e-6, 3e-2]}, "algorithm.inner_steps": {"randint": [1, 2]}},
-        steps=6,
+        steps=4,
         samples=2,
         scheduler=scheduler,
     )
@@ -191,6 +188,13 @@ def test_a_trial_that_no_node_can_hold_is_refused(tmp_path: Path) -> None:
         run_search(plan, check(plan), str(tmp_path / "search"))
     assert trial_bundles(load_plan(plan.resolved(), ["workers.count=2"])) == [{"CPU": 1.0}] * 3
     require_placeable([{"CPU": 1.0}] * 3, owns_cluster=True, wait_seconds=1)
+
+
+def test_a_searcher_that_is_not_installed_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)  # what Python takes for a missing module
+    plan = sinusoids({"outer.rate": {"uniform": [1e-3, 1e-2]}}, searcher="optuna")
+    with pytest.raises(InputError, match=r"pip install raymeta\[tune\]"):
+        run_search(plan, check(plan), str(tmp_path / "search"))
 
 
 def test_layouts() -> None:
