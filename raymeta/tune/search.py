@@ -377,6 +377,11 @@ def _write(storage: Storage, plan: Plan, objective: Objective, trials: Sequence[
 def _require_one(trials: Sequence[Trial]) -> None:
     """Raises RunError where no trial came to anything."""
     failed = [trial for trial in trials if trial.state == "failed"]
-    if len(failed) == len(trials):
-        first = f"; the first: {failed[0].error}" if failed else ""
-        raise RunError(f"all {len(trials)} trials failed{first}")
+    if any(trial.value is not None for trial in trials):
+        return
+    if failed and len(failed) == len(trials):
+        raise RunError(f"all {len(trials)} trials failed; the first: {failed[0].error}")
+    raise RunError(
+        f"none of {len(trials)} trials came to a validation ({len(failed)} failed). Give the search more time "
+        "(tune.stop), or lower run.evaluation.every_steps."
+    )
