@@ -437,6 +437,39 @@ def info(store: str, as_json: bool, verify: bool) -> None:
 
 
 @commands.command()
+@click.argument("file", metavar="FILE.yaml")
+@click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
+@click.option("--run-dir", help="Where the search's files go: a new directory, or a URI. Default: runs/FILE-TIME.")
+@click.option("--resume", is_flag=True, help="Go on with the search there, where there is one (unpickles: trust it).")
+def tune(file: str, overrides: tuple[str, ...], run_dir: str | None, resume: bool) -> None:
+    """Search for settings: many meta-trainings, by the blocks run, search and tune of a file."""
+    from raymeta import build
+    from raymeta.tune import outcome, plan
+
+    search = plan.load_plan(file, _overrides(overrides))
+    place = run_dir or search.tune.storage
+    if place is None and resume:
+        raise InputError("--resume needs --run-dir (or tune.storage in the file): the search to go on with")
+    directory = build.expand_run_dir(place or f"runs/{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    objective = plan.check(search)
+    from raymeta.tune.search import run_search  # ray takes a second to import: not for a file that is refused
+
+    Console(stderr=True).print(f"search directory {directory}", highlight=False, soft_wrap=True)
+    found = run_search(search, objective, directory, resume)
+    if found.signal is not None:
+        raise Stopped(found.signal)
+    print(outcome.counts(found.trials))
+    for trial in found.trials:
+        if trial.state == "failed":
+            print(f"  trial {trial.name} failed: {trial.error}")
+    best = outcome.ranked(found.trials, objective)[0]
+    Console(width=None if sys.stdout.isatty() else 160).print(outcome.table(found.trials, objective))
+    print(f"best settings: {directory}/best.yaml (raymeta train takes it)")
+    print(f"best checkpoint: {best.checkpoint} (raymeta evaluate takes it, with --checkpoint {best.outer_step})")
+    print(f"picture: {directory}/search.svg")
+
+
+@commands.command()
 def recipes() -> None:
     """List the recipes that ship, one line each."""
     from raymeta.config import recipe_descriptions
