@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from raymeta import yaml_text
+from raymeta import build, yaml_text
 from raymeta.checkpoint import without_non_finite
 from raymeta.errors import InputError, NonFiniteError, RunError
 from raymeta.run_directory import RunDirectory
@@ -130,7 +130,7 @@ def _changed(before: Any, after: Any, path: str) -> list[str]:
 
 def _run_of_trials(plan: Plan, bundles: Sequence[Bundle]) -> dict[str, Any]:
     """The configuration of every trial: that of the search, on the workers that it gets."""
-    resolved = plan.run.resolved()
+    resolved = build.for_workers(plan.run)
     workers = dict(resolved["workers"], address=None)
     if workers["backend"] == "ray":
         workers["count"] = len(bundles) - 1
