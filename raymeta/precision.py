@@ -1,4 +1,4 @@
-"""What mixed precision costs in accuracy of the gradient: measured at the start of each run that uses it, and stated."""
+"""What mixed precision costs in accuracy of the gradient: measured at the start of each such run, and stated."""
 
 from __future__ import annotations
 
