@@ -121,6 +121,7 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
                 _restore(trainer, directory, found)
             directory.write_config(config.resolved())
             _say_what_runs(console, config, pool, trainer)
+            _say_precision(console, config, parts, trainer)
             with RunProgress(
                 config.outer.steps, trainer.step_number, config.outer.tasks_per_step, trainer.metric, console
             ) as progress:
@@ -185,6 +186,23 @@ def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> No
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _say_precision(console: Console, config: Any, parts: Any, trainer: Any) -> None:
+    """Mixed precision is never used without its error beside it."""
+    from raymeta.precision import TASKS, gradient_error
+
+    precision = config.algorithm.arguments.get("precision", "float32")
+    if precision == "float32":
+        return
+    error = gradient_error(parts, trainer.params)
+    console.print(
+        f"precision {precision}: the meta-gradient of the first {TASKS} tasks differs from float32's by "
+        f"{100 * error:.2f} % of its norm",
+        highlight=False,
+        soft_wrap=True,
+    )
+    trainer.run.append_metrics({"step": trainer.step_number, "kind": "precision", "gradient_error": error})
 
 
 def _print_test(test: dict[str, Any], config: Any, parts: Any) -> None:
