@@ -141,7 +141,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         )
     finally:
         head.terminate()
-        head.wait(timeout=30)
+        head.wait(timeout=90)
         shutil.rmtree(short, ignore_errors=True)
 
 
@@ -294,3 +294,43 @@ def test_a_driver_that_is_no_job_sends_absolute_paths_and_shows_gauges(cluster: 
     assert driver.wait(timeout=30) == 128 + 15, (tmp_path / "log").read_text()
     assert "path: data/lines.csv" in (tmp_path / "run" / "config.yaml").read_text()
     assert RunDirectory(tmp_path / "run").steps()
+
+
+@pytest.mark.long
+def test_the_wheel_is_a_runtime_environment(cluster: Cluster, tmp_path):
+    """Without a working directory: the job's `python` is that of the environment in which Ray installed the wheel."""
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGE, source / "raymeta", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PACKAGE.parent / name, source)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        ".",
+    ]
+    subprocess.run(pip, cwd=source, check=True, timeout=JOB_SECONDS)
+    (wheel,) = tmp_path.glob("*.whl")
+    settings = [
+        "outer.steps=4",
+        "outer.warmup_steps=0",
+        "evaluation.tasks=8",
+        "evaluation.test_tasks=8",
+        "workers.count=2",
+    ]
+    command = ["python", "-m", "raymeta", "train", "omniglot-5w1s-maml", *settings, "--run-dir", str(tmp_path / "run")]
+    shown = "python -c 'import raymeta; print(\"raymeta is\", raymeta.__file__)'"
+    environment = json.dumps({"pip": [str(wheel)]})
+    done = cluster.ray(
+        *("job", "submit", "--entrypoint-num-cpus", "1", "--runtime-env-json", environment, "--"),
+        *("sh", "-c", f"{shown} && {' '.join(command)}"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"raymeta is .*/runtime_resources/pip/.*/site-packages/raymeta/__init__.py", done.stdout)
+    assert "on 8 test tasks" in done.stdout
