@@ -118,7 +118,8 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
         with pool, answered_signals() as stop:
             trainer = build.make_trainer(config, parts, pool, directory, params)
             if resume:
-                _restore(trainer, directory, found)
+                trainer.resume(found)
+                log.info("resuming after outer step %d", trainer.step_number)
             directory.write_config(config.resolved())
             _say_what_runs(console, config, pool, trainer)
             _say_precision(console, config, parts, trainer)
@@ -163,17 +164,6 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
     if resume and directory.has_config() and directory.steps():
         require_resumable(directory.read_config(), config.resolved(), str(directory))
     return config, directory
-
-
-def _restore(trainer: Any, directory: Any, found: Any) -> None:
-    """To the checkpoint `found`, or to a fresh start where it is None; what was recorded after it is dropped."""
-    if found is None:
-        directory.truncate_metrics(None)
-        return
-    tested = found.state["test"] is not None
-    directory.truncate_metrics(found.step, without=None if tested else "test")
-    trainer.restore(found)
-    log.info("resuming after outer step %d", found.step)
 
 
 def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> None:

@@ -278,6 +278,22 @@ class MetaTrainer:
         if self.run is not None:
             self.run.save(self.checkpoint(), metrics=self.best, best=best)
 
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Goes on in the run directory from its checkpoint, or from the start where it has none (None).
+
+        What was recorded after that is dropped, so that the records become those of a run without a stop.
+
+        Raises:
+            InputError: as `restore`, or records that cannot be read.
+        """
+        assert self.run is not None, "a run that is resumed has a directory"
+        if checkpoint is None:
+            self.run.truncate_metrics(None)
+            return
+        # A test that was recorded, but is in no checkpoint, is done again.
+        self.run.truncate_metrics(checkpoint.step, without=None if checkpoint.state["test"] else "test")
+        self.restore(checkpoint)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint of this run.
 

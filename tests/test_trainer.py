@@ -92,10 +92,8 @@ def new_run(place: Path) -> RunDirectory:
 
 def resumed(parts: WorkerParts, place: Path, outer: OuterSettings = OUTER) -> tuple[MetaTrainer, RunDirectory]:
     run = new_run(place)
-    found = run.load("latest")
-    run.truncate_metrics(found.step, without=None if found.state["test"] else "test")
     trainer = trainer_of(parts, run, outer)
-    trainer.restore(found)
+    trainer.resume(run.load("latest"))
     return trainer, run
 
 
