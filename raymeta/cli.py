@@ -458,7 +458,7 @@ def tune(file: str, overrides: tuple[str, ...], run_dir: str | None, resume: boo
     place = run_dir or search.tune.storage
     if place is None and resume:
         raise InputError("--resume needs --run-dir (or tune.storage in the file): the search to go on with")
-    directory = build.expand_run_dir(place or f"runs/{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    directory = build.lasting_run_dir(place or f"runs/{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     objective = plan.check(search)
     from raymeta.tune.search import run_search  # ray takes a second to import: not for a file that is refused
 
