@@ -33,6 +33,7 @@ class Axis:
     logarithmic: bool = False
     names: tuple[str, ...] | None = None
     per_cent: bool = False
+    whole: bool = False
 
     def place(self, value: Any) -> float:
         """The pixel of a value."""
@@ -51,7 +52,7 @@ class Axis:
             digits = (1, 2, 5) if math.log10(self.high / self.low) < 2.5 else (1,)
             found = [digit * 10.0**power for power in powers for digit in digits]
         else:
-            step = _round_step((self.high - self.low) / 5)
+            step = _round_step(max((self.high - self.low) / 5, 1.0 if self.whole else 0.0))
             first = math.ceil(self.low / step - 1e-9)
             found = [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
         inside = [value for value in found if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9) or value == 0]
@@ -129,8 +130,9 @@ def _axis(name: str, each: Distribution, trials: Sequence[Trial], begin: float, 
     if logarithmic:
         margin = (high / low) ** 0.05
         return Axis(name, low / margin, high * margin, begin, end, logarithmic=True)
-    margin = (high - low or abs(high) or 1.0) * (0.12 if all(isinstance(value, int) for value in values) else 0.05)
-    return Axis(name, low - margin, high + margin, begin, end)
+    whole = all(isinstance(value, int) for value in values)
+    margin = (high - low or abs(high) or 1.0) * (0.12 if whole else 0.05)
+    return Axis(name, low - margin, high + margin, begin, end, whole=whole)
 
 
 def _panel(

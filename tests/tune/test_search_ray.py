@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -158,6 +159,28 @@ def test_a_search_that_a_signal_ended_is_resumed_with_the_same_bits(tmp_path: Pa
     )
     trial = next(trial for trial in found.trials if trial.settings["outer.rate"] == 1e-2)
     assert trial.value == min(values)
+
+
+@pytest.mark.long
+def test_a_search_that_was_killed_is_resumed_by_the_same_command(tmp_path: Path) -> None:
+    directory = tmp_path / "search"
+    changes = ["outer.steps=100", "evaluation.every_steps=10", "evaluation.tasks=4", "tune.scheduler=none"]
+    command = [
+        *(sys.executable, "-m", "raymeta", "tune", str(CONFIGS[-2]), *changes, "tune.samples=3"),
+        *("--run-dir", str(directory), "--resume"),
+    ]
+    for _ in range(2):
+        before = set(directory.glob("*/checkpoint_*/trial.json"))
+        search = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while not set(directory.glob("*/checkpoint_*/trial.json")) - before and time.monotonic() < end:
+            time.sleep(0.05)
+        search.kill()
+        assert search.wait() == -signal.SIGKILL
+    assert not (directory / "best.yaml").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "3 trials: 3 finished" in done.stdout
 
 
 def test_a_population_hands_weights_on(tmp_path: Path) -> None:
