@@ -242,7 +242,27 @@ def check(config: Config) -> WorkerParts:
     params = learner.init(model, config.seed)
     if isinstance(learner, GradientLearner):
         learner.fast_names(tuple(model_params(params)))
+    _check_learner(config, source, model, learner, params)
     return WorkerParts(source, evaluation_source, model, learner)
+
+
+def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner: Learner, params: Params) -> None:
+    """One task through the whole learner: what it cannot do with this model is said here, not by the workers.
+
+    Raises:
+        InputError: it fails, as with a layer that has no second derivative.
+    """
+    like = next(iter(params.values()))
+    batch = source.tasks(SPLITS[0], [0]).to(like.device, like.dtype)
+    try:
+        learner.meta_gradient(model, params, batch, step=0)
+    except InputError:
+        raise
+    except Exception as error:  # the user's model may raise anything
+        raise InputError(
+            f"model.name={config.model.name} fails with algorithm.name={config.algorithm.name} on training task 0: "
+            f"{_told(error)}"
+        ) from error
 
 
 def _check_tasks(config: Config, source: TaskSource, splits: Sequence[str]) -> None:

@@ -192,7 +192,8 @@ def _say_precision(console: Console, config: Any, parts: Any, trainer: Any) -> N
         highlight=False,
         soft_wrap=True,
     )
-    trainer.run.append_metrics({"step": trainer.step_number, "kind": "precision", "gradient_error": error})
+    if trainer.step_number == 0:  # a resumed run has its record already
+        trainer.run.append_metrics({"step": 0, "kind": "precision", "gradient_error": error})
 
 
 def _print_test(test: dict[str, Any], config: Any, parts: Any) -> None:

@@ -21,6 +21,7 @@ from raymeta.algorithms import LEARNERS
 from raymeta.config import load_config
 from raymeta.data.importers import import_images, import_table
 from raymeta.errors import InputError
+from raymeta.models import MODELS
 from raymeta.run_directory import RunDirectory
 from raymeta.tasks import Omniglot, RegressionTable, Sinusoid
 from raymeta.workers.local_pool import LocalPool
@@ -428,3 +429,32 @@ def test_places_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert build.expand_run_dir("s3://bucket/runs/a") == "s3://bucket/runs/a"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert build.expand_run_dir("~/a") == str(tmp_path / "a")
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * x.cos()
+
+
+class _Sine(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _OnceDifferentiable.apply(x)
+
+
+def test_a_layer_without_a_second_derivative_is_named_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 8), _Sine(), nn.Linear(8, outputs))
+
+    monkeypatch.setitem(MODELS, "sine", made)
+    changes = ["model={name: sine}", "algorithm.batching=loop"]
+    with pytest.raises(InputError, match=r"layer '1' \(_Sine\) has no second derivative.*outer_gradient=first_order"):
+        build.check(load_config("sinusoid-10s-maml", changes))
+    build.check(load_config("sinusoid-10s-maml", [*changes, "algorithm.outer_gradient=first_order"]))

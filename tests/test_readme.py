@@ -16,6 +16,7 @@ from raymeta.cli import commands
 from raymeta.config import load_config, recipe_names
 from raymeta.models import MODELS
 from raymeta.tasks import TASK_SOURCES
+from raymeta.tune.plan import load_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,3 +73,12 @@ def test_what_the_readme_names_is_there() -> None:
     assert len(LEARNERS) == 9, "the README says nine learners"
     for target in ("train", "test", "test-long", "lint", "help"):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_search_is_a_search(tmp_path: Path) -> None:
+    (text,) = [text for language, text in BLOCKS if language == "yaml"]
+    file = tmp_path / "search.yaml"
+    file.write_text(text)
+    found = load_plan(str(file))
+    assert set(found.space) == {"algorithm.inner_rate", "outer.rate", "algorithm.inner_steps"}
+    assert found.tune.samples == 12

@@ -92,8 +92,7 @@ def run_trial(
         params = build.first_params(config, parts) if found is None else found.params
         trainer = build.make_trainer(config, parts, pool, directory, params)
         if found is not None:
-            directory.truncate_metrics(found.step)
-            trainer.restore(found)
+            trainer.resume(found)
         else:
             if origin is not None:
                 _take_over(trainer, RunDirectory(origin.storage).load("latest"))
