@@ -307,6 +307,7 @@ class RayPool(WorkerPool):
         if not open_units or not idle:
             return
         shares = assign(len(open_units), len(idle) + len(current))
+        ahead = []
         for member, share in zip(idle, shares, strict=False):
             units = tuple(open_units[share.start : share.stop][: job.units_per_call])
             if not units:
@@ -322,7 +323,8 @@ class RayPool(WorkerPool):
                 move_at=math.inf if move_after is None else now + move_after,
             )
             member.ref = getattr(member.actor, job.method).remote(flat, number, *job.arguments(units))
-            batches = job.next_batches(units)
+            ahead.append((member, job.next_batches(units)))
+        for member, batches in ahead:  # only now: all of them are computing while these are sent
             if first and batches:
                 # Runs after the result is on its way, while the driver updates the parameters.
                 member.actor.prepare.remote(batches)
