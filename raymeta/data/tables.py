@@ -125,11 +125,18 @@ def parts(
 
 
 def to_text(path: Path, batch: pa.RecordBatch, name: str, first_row: int) -> list[str]:
-    """A column as text. Raises InputError at an empty value, naming its row."""
+    """A column as text. Raises InputError at a type that is no text, and at an empty value, naming its row."""
     column = batch.column(name)
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    values = column.cast(pa.string()).to_pylist()
+    kind = column.type
+    try:
+        if pa.types.is_dictionary(kind):
+            column = column.dictionary_decode()
+        values = column.cast(pa.string()).to_pylist()
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{path}: column {name!r} holds {kind}, which cannot be read as text ({error}). Name another column, or "
+            "make text or whole numbers of it."
+        ) from error
     for row, value in enumerate(values):
         if not value:
             raise InputError(f"{path}, row {first_row + row}, column {name!r}: the value is empty.")

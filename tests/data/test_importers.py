@@ -325,6 +325,26 @@ def test_table_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     refused("expected three numbers", table, fractions=(0.5, 0.5, 0.5))
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (pa.array([[1], [2]] * 10), "list<element: int64>"),
+        (pa.array([{"a": 1}] * 20), "struct<a: int64>"),
+        (pa.array([b"a", b"\xff"] * 10), "binary"),
+    ],
+)
+def test_words_of_no_text_are_refused_with_their_type(values: pa.Array, kind: str, tmp_path: Path) -> None:
+    table, _, _ = features_table()
+    write_parquet(table.set_column(table.column_names.index("label"), "label", values), tmp_path / "t.parquet")
+    write_parquet(table.append_column("part", values), tmp_path / "u.parquet")
+    for name, options in (("t", {}), ("u", {"split_column": "part"})):
+        with pytest.raises(InputError) as error:
+            import_table(tmp_path / f"{name}.parquet", tmp_path / "out.arrow", **options)  # type: ignore[arg-type]
+        column = options.get("split_column", "label")
+        assert f"{name}.parquet: column {column!r} holds {kind}, which cannot be read as text" in str(error.value)
+    assert not (tmp_path / "out.arrow").exists()
+
+
 def test_unreadable_tables_are_refused_by_name(tmp_path: Path) -> None:
     for name in ("t.parquet", "t.arrow", "t.csv"):
         (tmp_path / name).write_bytes(b"")
