@@ -15,7 +15,7 @@ from raymeta.data.images import ImageReader, SourceFile, class_folders, list_fil
 from raymeta.data.omniglot import NOTES, SOURCE, open_omniglot
 from raymeta.data.splits import SPLIT_NAMES, GivenSplit, NamedSchemes, random_splits
 from raymeta.data.summary import StoreSummary, describe
-from raymeta.data.writer import write_store
+from raymeta.data.writer import check_output, write_store
 from raymeta.errors import InputError
 
 FRACTIONS = (0.6, 0.2, 0.2)
@@ -43,8 +43,10 @@ def import_omniglot(
     classes "random" only.
 
     Raises:
-        InputError: no such images, an image that cannot be read.
+        InputError: no such images, an image that cannot be read, an output that cannot be written.
+        RunError: the disk is full.
     """
+    check_output(out, paths)
     files: list[tuple[SourceFile, str]] = []
     for path in map(Path, paths):
         here = [
@@ -115,9 +117,11 @@ def import_images(
 
     Raises:
         InputError: naming the file: an image that cannot be read, or has another size, a file that is no image, a
-            class in two splits.
+            class in two splits; an output that cannot be written.
+        RunError: the disk is full.
     """
     path = Path(path)
+    check_output(out, [path])
     files = list_files(path)
     loose = [file for file in files if len(file.parts) == 1 and file.is_image]
     files = [file for file in files if len(file.parts) > 1]
@@ -180,9 +184,12 @@ def import_table(
 
     Raises:
         InputError: naming file, row (from 1) and column: what cannot be read, a column that is not there, an empty
-            label, NaN, infinity, rows of several lengths, a class in two splits, fewer than two classes.
+            label, NaN, infinity, rows of several lengths, a class in two splits, fewer than two classes; an output
+            that cannot be written.
+        RunError: the disk is full.
     """
     path = Path(path)
+    check_output(out, [path])
     schema = tables.table_schema(path)
     tables.require_column(path, schema, label, "the class (label=...)")
     if split_column is not None:

@@ -6,9 +6,11 @@ is then written from it to a temporary file and renamed: there is either a whole
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,32 @@ import pyarrow as pa
 
 from raymeta.data.splits import NamedSchemes
 from raymeta.data.store import DTYPES, FORMAT_VERSION, SPLITS, Store, StoreInfo, rows_sha256, schema_of
-from raymeta.errors import InputError, nearest
+from raymeta.errors import InputError, RunError, nearest
 
 BATCH_BYTES = 64 * 2**20
+SUFFIX = ".arrow"
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_output(path: str | Path, sources: Sequence[str | Path] = ()) -> None:
+    """What can be said of a store's name before any work.
+
+    Args:
+        path: the store to make.
+        sources: what it is made from.
+
+    Raises:
+        InputError: it is a folder, one of the sources, or no .arrow.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise InputError(f"the output {path} is a folder; expected the name of the store to make, NAME{SUFFIX}.")
+    for source in sources:
+        if os.path.realpath(source) == os.path.realpath(path):
+            raise InputError(f"the output {path} is the source itself, which it would replace; give another name.")
+    if path.suffix != SUFFIX:
+        raise InputError(f"the output {path} must have a name that ends in {SUFFIX}, as stores have.")
 
 
 def write_store(
@@ -50,11 +75,13 @@ def write_store(
 
     Raises:
         InputError: no rows, fewer than two classes, another shape or dtype in a later part, NaN or infinity (naming
-            the row), a class in two splits, a split that names a class that is not there.
+            the row), a class in two splits, a split that names a class that is not there; a path that cannot be
+            written, before the first part is asked for.
+        RunError: the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    check_output(path)
+    with _folder_beside(path) as folder:
         spool, labels, names = _spool(Path(folder) / "rows", parts, source or path.name)
         order = np.argsort(labels, kind="stable")
         labels = labels[order].astype(np.int32)
@@ -89,6 +116,32 @@ def write_store(
             os.fsync(sink.fileno())
         os.replace(made, path)
     return Store.open(path)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[str]:
+    """A temporary folder beside the store `path`; what the system refuses in it or before it, as our errors."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _no_room(path, error) from error
+        raise InputError(f"the output {path} cannot be written: {error.strerror}; give another place.") from error
+    try:
+        with made as folder:
+            yield folder
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _no_room(path, error) from error
+        raise RunError(f"making {path} failed: {error}") from error
+
+
+def _no_room(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"no room to write {path}: {error.strerror}; making a store needs about twice its size. Free some, or give "
+        "another place."
+    )
 
 
 def _spool(

@@ -345,6 +345,23 @@ def test_words_of_no_text_are_refused_with_their_type(values: pa.Array, kind: st
     assert not (tmp_path / "out.arrow").exists()
 
 
+def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
+    table, _, _ = features_table()
+    source = tmp_path / "t.arrow"
+    pa.feather.write_feather(table, source, compression="uncompressed")
+    before = source.read_bytes()
+    (tmp_path / "link.arrow").symlink_to(source)
+    for out in (source, tmp_path / "." / "t.arrow", tmp_path / "link.arrow"):
+        with pytest.raises(InputError, match="is the source itself"):
+            import_table(source, out)
+    with pytest.raises(InputError, match="is the source itself"):
+        import_omniglot([tmp_path / "a.zip", tmp_path / "b.zip"], tmp_path / "b.zip")
+    class_folders(tmp_path / "in")
+    with pytest.raises(InputError, match="is a folder"):
+        import_images(tmp_path / "in", tmp_path / "in")
+    assert source.read_bytes() == before
+
+
 def test_unreadable_tables_are_refused_by_name(tmp_path: Path) -> None:
     for name in ("t.parquet", "t.arrow", "t.csv"):
         (tmp_path / name).write_bytes(b"")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from raymeta.data.splits import random_splits
 from raymeta.data.store import Store
 from raymeta.data.writer import write_store
-from raymeta.errors import InputError
+from raymeta.errors import InputError, RunError
 
 ALL_TRAIN = random_splits((1.0, 0.0, 0.0), seed=0)
 
@@ -210,6 +212,52 @@ def test_a_failed_write_leaves_the_older_store(tmp_path: Path) -> None:
         write_store(path, [(images(2), list("aa"))], ALL_TRAIN)
     assert os.listdir(tmp_path) == ["s.arrow"]
     assert Store.open(path).checksum == store.checksum
+
+
+# --- outputs that cannot be written
+
+
+def asked_for() -> Iterator[tuple[np.ndarray, list[str]]]:
+    raise AssertionError("no part is asked for where the output cannot be written")
+    yield
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "folder.arrow").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for name, says in (
+        ("folder.arrow", "folder.arrow is a folder"),
+        ("s.parquet", r"s.parquet must have a name that ends in \.arrow"),
+        ("file/s.arrow", "the output .*file/s.arrow cannot be written: "),
+        ("n" * 300 + ".arrow", "cannot be written: File name too long"),
+    ):
+        with pytest.raises(InputError, match=says):
+            write_store(tmp_path / name, asked_for(), ALL_TRAIN)
+    with pytest.raises(InputError, match="is a folder"):
+        write_store("", asked_for(), ALL_TRAIN)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.arrow"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        write_store(tmp_path / "closed" / "s.arrow", asked_for(), ALL_TRAIN)
+
+
+@pytest.mark.parametrize("batches", [1, 40])
+def test_no_room_is_said_in_one_sentence_and_leaves_nothing(tmp_path: Path, batches: int) -> None:
+    # A limit on a file's size is met as a full disk is: in the middle of a write, or when the last bytes are flushed.
+    parts = [(images(40), list("ab") * 20)] * batches
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"no room to write .*s\.arrow: File too large; .* twice its size"):
+            write_store(tmp_path / "s.arrow", parts, ALL_TRAIN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
 
 
 # --- splits
