@@ -243,16 +243,28 @@ class FittedModel:
         """The user's own module with the adapted weights, in `eval()` mode; it predicts what `predict` does.
 
         Its batch norms carry the support set's mean and (biased) variance as running statistics. Where the training
-        data was standardised (`TrainedLearner.units`), so are its inputs and outputs.
+        data was standardised (`TrainedLearner.units`), so are its inputs and outputs. With precision=bfloat16
+        `predict` multiplies in bfloat16, the module in its own precision: they agree to that.
 
         Raises:
-            InputError: the learner has no plain module, or a batch norm has no place for its statistics.
+            InputError: the learner has no plain module, or a norm has no place for its statistics.
         """
         learner = self.trained.learner
         if not isinstance(learner, GradientLearner) or not learner.needs_head:
             raise InputError(
                 f"algorithm.name={self.trained.resolved['algorithm']['name']} predicts by more than the model itself "
                 "(prototypes, or a head of the task's own), so that no state dict of the model can hold it; use save() "
+                "and predict()"
+            )
+        tracking = [
+            name
+            for name, layer in self.trained.model.named_modules()
+            if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats
+        ]
+        if tracking:
+            raise InputError(
+                f"instance norm {tracking[0]!r} tracks running statistics, which in eval() take the place of each "
+                "row's own, and training uses the row's own; build it with track_running_stats=False, or use save() "
                 "and predict()"
             )
         module = copy.deepcopy(self.trained.model).cpu().eval()

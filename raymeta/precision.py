@@ -19,7 +19,7 @@ def gradient_error(parts: WorkerParts, params: Params) -> float:
     every product in the parameters' own. Computed here, in the driver, on the CPU."""
     learner = parts.learner
     assert isinstance(learner, Learner)
-    batch = parts.source.tasks("train", range(TASKS))
+    batch = parts.source.tasks("train", range(TASKS)).to("cpu", next(iter(params.values())).dtype)
     plain = replace(learner, precision="float32")
     gradient, exact = (
         each.meta_gradient(parts.model, params, batch, step=0).mean().double() for each in (learner, plain)

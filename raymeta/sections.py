@@ -86,6 +86,7 @@ class Workers(Section):
         threads: with which every worker and the driver compute on CPUs; part of what decides the bits.
         wait_seconds: how long an attached cluster may take to have room.
         address: of a Ray cluster to attach to; None: `RAY_ADDRESS`, or a new local one.
+        device: "auto": a GPU where a worker has one; "cpu"; "cuda".
     """
 
     backend: Literal["local", "ray"] = "ray"
@@ -93,7 +94,7 @@ class Workers(Section):
     gpus_per_worker: float | None = Field(default=None, ge=0, le=1)
     cpus_per_worker: float = Field(default=1.0, gt=0)
     threads: int = Field(default=1, ge=1)
-    wait_seconds: float = Field(default=60.0, ge=0)
+    wait_seconds: float = Field(default=60.0, gt=0)
     address: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -107,7 +108,9 @@ class Workers(Section):
                 if getattr(self, name) is not None:
                     reason = "has no cluster; set it to null, or the backend to ray"
                     raise ValueError(_without_meaning("workers", self, name, "backend", reason))
-        gpus = self.gpus_per_worker
+        cpus, gpus = self.cpus_per_worker, self.gpus_per_worker
+        if cpus > 1 and cpus != int(cpus):
+            raise ValueError(f"workers.cpus_per_worker={cpus}; expected at most 1, or a whole number.")
         if self.device == "cpu" and gpus:
             raise ValueError(_without_meaning("workers", self, "gpus_per_worker", "device", "would leave them idle"))
         if self.device == "cuda" and gpus == 0:

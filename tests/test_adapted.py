@@ -334,6 +334,11 @@ OWN = """
             super().__init__(outputs)
             self.norm = nn.BatchNorm2d(6, track_running_stats=False)
 
+    class Instance(Own):
+        def __init__(self, outputs):
+            super().__init__(outputs)
+            self.norm = nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
+
     class Twice(Own):
         def forward(self, x):
             return super().forward(x) + self.last(self.norm(self.first(x)).mean((2, 3)))
@@ -387,7 +392,12 @@ def test_a_state_dict_of_the_users_own_model(own: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("Untracked", "'norm' keeps no running statistics"), ("Twice", "'norm' is called 2 times")]
+    ("name", "why"),
+    [
+        ("Untracked", "'norm' keeps no running statistics"),
+        ("Twice", "'norm' is called 2 times"),
+        ("Instance", "instance norm 'norm' tracks running statistics"),
+    ],
 )
 def test_statistics_that_no_state_dict_can_hold(name: str, why: str, own: Callable[[str], str]) -> None:
     learner = trained_of({**OMNIGLOT, "model": {"name": own(name)}, "algorithm": {"name": "maml"}})

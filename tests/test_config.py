@@ -116,7 +116,7 @@ sections = st.fixed_dictionaries(
                 "schedule": st.sampled_from(["constant", "cosine", "linear"]),
             },
         ),
-        "workers": st.fixed_dictionaries({}, optional={"count": st.integers(1, 99), "wait_seconds": st.floats(0, 1e9)}),
+        "workers": st.fixed_dictionaries({}, optional={"count": st.integers(1, 99), "wait_seconds": st.floats(1e-3, 1e9)}),
         "evaluation": st.fixed_dictionaries({}, optional={"queries": st.none() | st.integers(1, 99)}),
     },
 )
@@ -194,6 +194,8 @@ REFUSED = [
         r"workers\.address='auto' with workers\.backend='local': it has no cluster",
     ),
     ("workers={backend: local, gpus_per_worker: 1}", r"workers\.gpus_per_worker=1\.0 with workers\.backend='local'"),
+    ("workers.wait_seconds=0", r"workers\.wait_seconds=0; expected a number greater than 0\."),
+    ("workers.cpus_per_worker=1.5", r"workers\.cpus_per_worker=1\.5; expected at most 1, or a whole number\."),
     ("workers={device: cpu, gpus_per_worker: 1}", r"workers\.gpus_per_worker=1\.0 with workers\.device='cpu'"),
     ("workers={device: cuda, gpus_per_worker: 0}", r"workers\.gpus_per_worker=0\.0 with workers\.device='cuda'"),
     ("workers.gpus_per_worker=1.5", r"workers\.gpus_per_worker=1\.5; expected a number less than or equal to 1\."),

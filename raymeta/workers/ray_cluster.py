@@ -6,6 +6,7 @@ import logging
 import os
 
 import ray
+import ray._private.state
 from ray import exceptions
 
 from raymeta.errors import InputError
@@ -46,6 +47,12 @@ def bundle_of(cpus: float, gpus: float | None, device: str) -> dict[str, float]:
             f"Set workers.device=auto or cpu, or workers.gpus_per_worker=1 where there are GPUs."
         )
     return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+def free_on_each_node() -> list[dict[str, float]]:
+    """What is free on each living node: workers are placed node by node, so that sums over nodes say too much."""
+    # Ray's public available_resources() is such a sum; ray.util.state has no free resources.
+    return list(ray._private.state.available_resources_per_node().values())
 
 
 def describe_cluster() -> str:

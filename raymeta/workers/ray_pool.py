@@ -33,7 +33,7 @@ from raymeta.workers.deadlines import Deadlines, Pace
 from raymeta.workers.demand import check_demand, kinds, places, text
 from raymeta.workers.jobs import GradientJob, Job, MapJob
 from raymeta.workers.pool import StepTimings, WorkerPool, require_alike
-from raymeta.workers.ray_cluster import bundle_of, connect, describe_cluster, first_line
+from raymeta.workers.ray_cluster import bundle_of, connect, describe_cluster, first_line, free_on_each_node
 from raymeta.workers.ray_gauges import Gauges
 from raymeta.workers.ray_worker import NotSetUp, RemoteWorker
 from raymeta.workers.reduction import assign, chunk_count, chunk_slices, tasks_per_chunk
@@ -95,7 +95,7 @@ class RayPool(WorkerPool):
     Args:
         build: makes the parts in each worker; travels by cloudpickle.
         chunk_tasks: `algorithm.chunk_tasks`; None: by rule.
-        count: workers; None: as many as GPUs, or else CPUs, are free, at least 1.
+        count: workers; None: as many as there is room for on the nodes now (by GPUs, or else CPUs), at least 1.
         cpus_per_worker: may be a fraction below 1.
         gpus_per_worker: None: 1 where the cluster has GPUs and the device is not "cpu", else 0.
         wait_seconds: how long to wait for workers to be placed, or to come back when none is left, before the run ends.
@@ -168,7 +168,7 @@ class RayPool(WorkerPool):
             self._group = outer
         else:
             # What is free is after the driver's own share, if it has one (a job's entrypoint).
-            count = count or max(1, places(self._bundle, ray.available_resources()))
+            count = count or max(1, sum(places(self._bundle, node) for node in free_on_each_node()))
             asked = f"{count} workers with {text(self._bundle)} each"
             total = ray.cluster_resources()
             if self._owns_cluster and any(need * count > total.get(kind, 0) for kind, need in self._bundle.items()):

@@ -181,7 +181,8 @@ class Worker:
 
         def run(tasks: Sequence[int], prepared: Any = None) -> MetaGradient:
             batch = self._parts.source.tasks("train", tasks) if prepared is None else prepared
-            return self._parts.learner.meta_gradient(self._parts.model, params, batch.to(self._device), step)
+            batch = batch.to(self._device, self._layout.dtype)
+            return self._parts.learner.meta_gradient(self._parts.model, params, batch, step)
 
         reducer = Reducer(chunks, step)
         with self._numerics():

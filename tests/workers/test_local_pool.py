@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from raymeta.algorithms import MAML
 from raymeta.errors import InputError
 from raymeta.params import ParameterLayout, params_hash
+from raymeta.tasks import Sinusoid
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.pool import Abandoned
-from raymeta.workers.worker import TaskError, Worker, WorkerSettings
+from raymeta.workers.worker import TaskError, Worker, WorkerParts, WorkerSettings
 
 
 @pytest.mark.parametrize("chunk_tasks", [None, 1, 3, 100])
@@ -126,3 +128,12 @@ def test_an_abandoned_call_ends_between_two_batches_and_the_pool_goes_on(lines, 
         assert drawn == list(range(8))
         pool.abandon = None
         assert torch.equal(pool.meta_gradient(params, 0, range(32)).gradient, whole.gradient)
+
+
+def test_a_model_in_float64_gets_its_tasks_in_float64():
+    tasks = Sinusoid(shots=3, queries=3)  # float32
+    model = nn.Linear(1, 1).double()
+    learner = MAML(inner_rate=0.01, loss=tasks.loss, metric=tasks.metric)
+    with LocalPool(lambda: WorkerParts(tasks, tasks, model, learner)) as pool:
+        flat = torch.zeros(2, dtype=torch.float64)
+        assert pool.meta_gradient(flat, 0, range(3)).gradient.dtype == torch.float64
