@@ -116,7 +116,9 @@ sections = st.fixed_dictionaries(
                 "schedule": st.sampled_from(["constant", "cosine", "linear"]),
             },
         ),
-        "workers": st.fixed_dictionaries({}, optional={"count": st.integers(1, 99), "wait_seconds": st.floats(1e-3, 1e9)}),
+        "workers": st.fixed_dictionaries(
+            {}, optional={"count": st.integers(1, 99), "wait_seconds": st.floats(1e-3, 1e9)}
+        ),
         "evaluation": st.fixed_dictionaries({}, optional={"queries": st.none() | st.integers(1, 99)}),
     },
 )
