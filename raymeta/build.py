@@ -128,10 +128,22 @@ def make_learner(section: Part, filled: Mapping[str, Any]) -> Learner:
 
     Args:
         filled: the fields that come from elsewhere (`FILLED_BY_BUILD`), as far as the learner has them.
+
+    Raises:
+        InputError: it is no class of learners, or refuses its arguments.
     """
-    names = {field.name for field in dataclasses.fields(section.part)}  # type: ignore[arg-type]
-    learner: Learner = section.part(**section.arguments, **{key: filled[key] for key in filled.keys() & names})
-    return learner
+    part = section.part
+    if not (inspect.isclass(part) and issubclass(part, Learner)):
+        raise InputError(
+            f"algorithm.name={section.name} is no learner; expected a class derived from raymeta.algorithms.Learner"
+        )
+    names = {field.name for field in dataclasses.fields(part)}
+    try:
+        return part(**section.arguments, **{key: filled[key] for key in filled.keys() & names})
+    except InputError:
+        raise
+    except Exception as error:  # the user's own learner may raise anything
+        raise InputError(f"algorithm.name={section.name} cannot be made: {_told(error)}") from error
 
 
 def describe_source(source: TaskSource) -> dict[str, Any]:

@@ -458,3 +458,33 @@ def test_a_layer_without_a_second_derivative_is_named_before_a_worker_starts(mon
     with pytest.raises(InputError, match=r"layer '1' \(_Sine\) has no second derivative.*outer_gradient=first_order"):
         build.check(load_config("sinusoid-10s-maml", changes))
     build.check(load_config("sinusoid-10s-maml", [*changes, "algorithm.outer_gradient=first_order"]))
+
+
+OWN_LEARNERS = """
+    from dataclasses import dataclass
+
+    from raymeta.algorithms import MAML
+
+    @dataclass(frozen=True)
+    class Settings:
+        rate: float = 0.1
+
+    def learner(rate: float = 0.1):
+        return MAML(inner_rate=rate)
+
+    class Raising(MAML):
+        def __post_init__(self):
+            raise KeyError("rates")
+"""
+
+
+def test_an_algorithm_that_is_no_learner(own: Callable[[str], str]) -> None:
+    expected = "is no learner; expected a class derived from raymeta.algorithms.Learner"
+    linear = {"name": "torch.nn:Linear", "in_features": 3, "out_features": 3}
+    assert refused({**SINUSOID, "algorithm": linear}) == f"algorithm.name=torch.nn:Linear {expected}"
+    name = own(OWN_LEARNERS)
+    for part in ("Settings", "learner"):
+        message = refused({**SINUSOID, "algorithm": {"name": f"{name}:{part}"}})
+        assert message == f"algorithm.name={name}:{part} {expected}"
+    message = refused({**SINUSOID, "algorithm": {"name": f"{name}:Raising", "inner_rate": 0.1}})
+    assert f"algorithm.name={name}:Raising cannot be made: KeyError: 'rates' (" in message
