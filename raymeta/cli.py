@@ -1,5 +1,6 @@
-"""The command line. Exit codes: 0 done; 1 the run failed; 2 the input was wrong; 130, 143 stopped by a signal, after a
-checkpoint. Results go to stdout; progress, logs and errors to stderr."""
+"""The command line. Exit codes: 0 done; 1 the run failed; 2 the input was wrong; 128 + its number, so 130 or 143:
+stopped by a signal, after a checkpoint (by a second one: at once). Results go to stdout; progress, logs and errors to
+stderr."""
 
 from __future__ import annotations
 
@@ -34,6 +35,10 @@ class Stopped(Exception):
         self.number = number
 
 
+class StoppedAtOnce(Stopped):
+    """A second signal came: the run ended without a checkpoint for it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script `raymeta`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -58,11 +63,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"raymeta: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except (StoppedAtOnce, KeyboardInterrupt, click.Abort) as error:
+        print("raymeta: interrupted; no checkpoint was written for it (earlier ones are kept)", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, StoppedAtOnce) else signal.SIGINT)
     except Stopped as stopped:
         return 128 + stopped.number
-    except (KeyboardInterrupt, click.Abort):
-        print("raymeta: interrupted; no checkpoint was written for it (earlier ones are kept)", file=sys.stderr)
-        return 128 + signal.SIGINT
     except BrokenPipeError:  # `raymeta recipes | head`: who read no longer does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
@@ -78,18 +83,26 @@ def commands() -> None:
 @contextmanager
 def answered_signals() -> Iterator[Callable[[], int | None]]:
     """While inside, SIGINT and SIGTERM are remembered for the run to stop with a checkpoint; a second one is not
-    waited for. Gives the function that tells which came."""
+    waited for. Gives the function that tells which came.
+
+    Raises:
+        StoppedAtOnce: a second one came.
+    """
     seen: list[int] = []
 
     def remember(number: int, frame: types.FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt
         seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt  # the one exception that passes through a call of ray's; its arguments do not
         log.warning("%s: stopping, with a checkpoint of the steps that are done", signal.Signals(number).name)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: seen[0] if seen else None
+    except KeyboardInterrupt:
+        if len(seen) > 1:
+            raise StoppedAtOnce(seen[-1]) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -148,7 +161,7 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
 
     source, overrides = _source_and_overrides(arguments)
     if run_dir is None:
-        run_dir = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("run_dir=")), None)
+        run_dir = _overridden_run_dir(overrides)
     there = RunDirectory(build.lasting_run_dir(run_dir)) if run_dir else None
     if source is None and resume and there is not None and there.has_config():
         config = load_config(there.read_config(), overrides)
@@ -164,6 +177,15 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
     if resume and directory.has_config() and directory.steps():
         require_resumable(directory.read_config(), config.resolved(), str(directory))
     return config, directory
+
+
+def _overridden_run_dir(overrides: Sequence[str]) -> str | None:
+    """The last `run_dir=...`; None where there is none, or none that is a text (`load_config` refuses all but null)."""
+    from raymeta import yaml_text
+
+    text = next((text.partition("=")[2] for text in reversed(overrides) if text.startswith("run_dir=")), "")
+    value = yaml_text.parse(text, f"the value of 'run_dir={text}'")
+    return value if isinstance(value, str) else None
 
 
 def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> None:
@@ -192,8 +214,8 @@ def _say_precision(console: Console, config: Any, parts: Any, trainer: Any) -> N
         highlight=False,
         soft_wrap=True,
     )
-    if trainer.step_number == 0:  # a resumed run has its record already
-        trainer.run.append_metrics({"step": 0, "kind": "precision", "gradient_error": error})
+    if all(record.get("kind") != "precision" for record in trainer.run.read_metrics()):  # else it is a resumed run's
+        trainer.run.append_metrics({"step": trainer.step_number, "kind": "precision", "gradient_error": error})
 
 
 def _print_test(test: dict[str, Any], config: Any, parts: Any) -> None:

@@ -4,7 +4,9 @@ signals: test_cli_processes.py.)"""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,49 @@ def test_run_dir_may_stand_in_the_configuration(
     said = raymeta_cli("train", f"run_dir={tmp_path / 'run'}", "outer.steps=6", "--resume")
     assert said.code == 0
     assert RunDirectory(tmp_path / "run").find_step("latest") == 6
+
+
+def test_no_run_dir_in_the_configuration_is_the_default_one(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert raymeta_cli("train", *SINUSOID, "run_dir=null").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert raymeta_cli("train", *SINUSOID, "run_dir='5'").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "runs"]
+    assert "run_dir" in refused("train", *SINUSOID, "run_dir=6")
+
+
+def test_the_precision_of_a_run_is_recorded_once(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    place, arguments = tmp_path / "run", [*SINUSOID, "algorithm.precision=bfloat16"]
+
+    def stopped_at_once() -> Iterator[Callable[[], int | None]]:
+        yield lambda: signal.SIGTERM
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cli, "answered_signals", contextmanager(stopped_at_once))
+        assert raymeta_cli("train", *arguments, "--run-dir", place).code == 143
+    assert RunDirectory(place).steps() == [0]
+    assert raymeta_cli("train", *arguments, "--run-dir", place, "--resume").code == 0
+    records = RunDirectory(place).read_metrics()
+    assert [record["step"] for record in records if record["kind"] == "precision"] == [0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_second_signal_is_not_waited_for(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.commands.command("twice", hidden=True)
+    def twice() -> None:
+        with cli.answered_signals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop() == signal.SIGINT
+            signal.raise_signal(number)
+            raise AssertionError("it was waited for")
+
+    try:
+        assert cli.run(["twice"]) == 128 + number
+    finally:
+        del cli.commands.commands["twice"]
+    assert "no checkpoint was written for it" in capsys.readouterr().err
 
 
 def test_a_finished_run_resumed_says_the_same(sinusoid_run: Path, raymeta_cli: Callable[..., Said]) -> None:
