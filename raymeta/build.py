@@ -13,19 +13,19 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from raymeta.algorithms import FILLED_BY_BUILD, Learner
+from raymeta.algorithms import FILLED_BY_BUILD, Learner, Statistics
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.config import Config, Part, load_config
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError, nearest
-from raymeta.evaluation import EvaluationSettings
+from raymeta.evaluation import EvaluationSettings, evaluate_tasks
 from raymeta.metrics import LOSSES, METRICS
 from raymeta.outer_optimizer import OuterSettings
 from raymeta.params import ParameterLayout, Params, model_params
@@ -255,7 +255,9 @@ def check(config: Config) -> WorkerParts:
     if isinstance(learner, GradientLearner):
         learner.fast_names(tuple(model_params(params)))
     _check_learner(config, source, model, learner, params)
-    return WorkerParts(source, evaluation_source, model, learner)
+    parts = WorkerParts(source, evaluation_source, model, learner)
+    _check_evaluation(config, parts, params)
+    return parts
 
 
 def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner: Learner, params: Params) -> None:
@@ -274,6 +276,31 @@ def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner
         raise InputError(
             f"model.name={config.model.name} fails with algorithm.name={config.algorithm.name} on training task 0: "
             f"{_told(error)}"
+        ) from error
+
+
+def _check_evaluation(config: Config, parts: WorkerParts, params: Params) -> None:
+    """One validation task through adaptation and both kinds of prediction, by one inner step where there are more.
+
+    Raises:
+        InputError: it fails, as with a batch norm that is given a single row.
+    """
+    steps = evaluation_settings(config).inner_steps
+    try:
+        evaluate_tasks(parts, params, "validation", [0], None if steps is None else min(steps, 1), get_args(Statistics))
+    except Exception as error:  # the user's model may raise anything
+        told = str(error) if isinstance(error, InputError) else _told(error)
+        own = {name: getattr(config.evaluation, name) for name in ("ways", "shots", "queries")}
+        where = ", ".join(
+            f"evaluation.{name}={value}" if value is not None else f"tasks.{name}={config.tasks.arguments[name]}"
+            for name, value in own.items()
+            if value is not None or name in config.tasks.arguments
+        )
+        place = f"validation task 0 ({where})" if where else "validation task 0"
+        raise InputError(
+            f"model.name={config.model.name} fails with algorithm.name={config.algorithm.name} on {place}: "
+            f"{told.rstrip('.')}. Training alone would go, but every test measures both kinds of statistics: change the "
+            "model, or what evaluation has otherwise than training (evaluation.ways, shots, queries)."
         ) from error
 
 

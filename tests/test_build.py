@@ -488,3 +488,17 @@ def test_an_algorithm_that_is_no_learner(own: Callable[[str], str]) -> None:
         assert message == f"algorithm.name={name}:{part} {expected}"
     message = refused({**SINUSOID, "algorithm": {"name": f"{name}:Raising", "inner_rate": 0.1}})
     assert f"algorithm.name={name}:Raising cannot be made: KeyError: 'rates' (" in message
+
+
+def test_what_only_an_evaluation_cannot_do_is_refused_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Linear(8, outputs))
+
+    monkeypatch.setitem(MODELS, "normed", made)
+    raw = {**SINUSOID, "model": {"name": "normed"}}
+    build.check(load_config(raw))
+    message = refused(raw, "evaluation.queries=1")
+    assert message.startswith("model.name=normed fails with algorithm.name=maml on validation task 0 (")
+    assert "evaluation.queries=1" in message
+    assert "batch norm" in message
+    assert "change the model, or what evaluation has otherwise than training (evaluation.ways" in message
