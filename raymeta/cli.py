@@ -419,7 +419,10 @@ def import_data(
     fractions: str,
     seed: int,
 ) -> None:
-    """Make a store from the original Omniglot folders, a folder of class folders of images, or a table."""
+    """Make a store from the original Omniglot folders, a folder of class folders of images, or a table.
+
+    Folders may be .zip files. --kind auto goes by what the sources hold.
+    """
     from raymeta.data import importers, tables
 
     try:
@@ -427,11 +430,11 @@ def import_data(
     except ValueError:
         raise InputError(f"--fractions {fractions!r}; expected three numbers such as 0.6,0.2,0.2") from None
     if kind == "auto":
-        kind = "table" if tables.is_table(sources[0]) else "images"
+        kind = "table" if tables.is_table(sources[0]) else "omniglot" if importers.is_omniglot(sources) else "images"
     if kind == "omniglot":
         summary = importers.import_omniglot(sources, output, size=size or 28, fractions=parts, seed=seed)
     elif len(sources) > 1:
-        raise InputError(f"--kind {kind} takes one SOURCE, got {len(sources)}")
+        raise InputError(f"--kind {kind} takes one SOURCE, got {len(sources)}; only --kind omniglot takes several")
     elif kind == "images":
         summary = importers.import_images(
             sources[0],

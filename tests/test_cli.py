@@ -3,8 +3,10 @@ signals: test_cli_processes.py.)"""
 
 from __future__ import annotations
 
+import io
 import json
 import signal
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -770,3 +772,29 @@ def test_ray_workers_give_the_same_run_and_too_great_a_demand_is_said(
     assert "Traceback" not in said.err
     # Nothing was begun: the same directory can be given again.
     assert raymeta_cli("train", *SINUSOID, "--run-dir", tmp_path / "no").code == 0
+
+
+def test_omniglot_archives_are_known_without_a_kind(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    names, archives = open_omniglot().class_names, []
+    for folder, chosen in (("images_background", names[:3]), ("images_evaluation", names[-3:])):
+        archives.append(tmp_path / f"{folder}.zip")
+        with zipfile.ZipFile(archives[-1], "w") as archive:
+            for name in chosen:
+                drawing = io.BytesIO()
+                Image.new("1", (105, 105), 1).save(drawing, "png")
+                archive.writestr(f"{folder}/{name}/0001_01.png", drawing.getvalue())
+    said = raymeta_cli("data", "import", *archives, "--output", tmp_path / "both.arrow")
+    assert said.code == 0, said.err
+    assert "6 classes, 6 examples (1 in a class)" in said.out
+    said = raymeta_cli("data", "import", archives[0], "--output", tmp_path / "one.arrow")
+    assert said.code == 0, said.err
+    assert "3 classes, 3 examples" in said.out
+    for line in ("rows of shape [1, 28, 28], uint8", "split 'lake'", "source: Omniglot"):
+        assert line in said.out
+    said = raymeta_cli("data", "import", archives[0], "--kind", "images", "--output", tmp_path / "images.arrow")
+    assert "rows of shape [3, 105, 105], uint8" in said.out
+    photos = png_folders(tmp_path / "photos", range(3), range(2))
+    message = refused("data", "import", archives[0], photos, "--output", tmp_path / "no.arrow")
+    assert message == "--kind images takes one SOURCE, got 2; only --kind omniglot takes several"

@@ -22,6 +22,20 @@ FRACTIONS = (0.6, 0.2, 0.2)
 IMAGES_IN_A_PART = 256
 
 
+def is_omniglot(paths: Sequence[str | Path]) -> bool:
+    """Whether all images below all of these folders or .zip files lie in ALPHABET/characterNN of the original Omniglot.
+
+    Raises:
+        InputError: no folder and no .zip.
+    """
+    known = set(open_omniglot().class_names)
+    for path in map(Path, paths):
+        classes = {_character(file) for file in list_files(path) if file.is_image}
+        if not classes or not classes <= known:
+            return False
+    return True
+
+
 def import_omniglot(
     paths: Sequence[str | Path],
     out: str | Path,
@@ -50,7 +64,7 @@ def import_omniglot(
     files: list[tuple[SourceFile, str]] = []
     for path in map(Path, paths):
         here = [
-            (file, "/".join(file.parts[-3:-1]))
+            (file, _character(file))
             for file in list_files(path)
             if len(file.parts) >= 3 and file.parts[-2].startswith("character") and file.is_image
         ]
@@ -219,6 +233,11 @@ def import_table(
         schemes, notes = given.schemes, {"given": f"the column {split_column!r} of the import"}
     store = write_store(out, read(), schemes, notes=notes, licence=licence, source=f"table {path.name}", features=names)
     return describe(store)
+
+
+def _character(file: SourceFile) -> str:
+    """The two folders that the file lies in: "ALPHABET/characterNN"."""
+    return "/".join(file.parts[-3:-1])
 
 
 def _image_parts(

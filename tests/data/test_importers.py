@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from raymeta.data.importers import describe, import_images, import_omniglot, import_table
+from raymeta.data.importers import describe, import_images, import_omniglot, import_table, is_omniglot
 from raymeta.data.omniglot import open_omniglot
 from raymeta.data.store import Store
 from raymeta.errors import InputError
@@ -177,6 +177,22 @@ def test_omniglot_with_other_classes_gets_a_random_split(tmp_path: Path) -> None
     class_folders(tmp_path / "other")
     with pytest.raises(InputError, match="not the original Omniglot"):
         import_omniglot([tmp_path / "other"], tmp_path / "o.arrow")
+
+
+def test_omniglot_is_known_by_its_folders(tmp_path: Path) -> None:
+    names = open_omniglot().class_names
+    original_omniglot(tmp_path / "images_background", names[:2])
+    original_omniglot(tmp_path / "images_evaluation", names[-2:])
+    original_omniglot(tmp_path / "mine", ["Elvish/character01", names[0]])
+    class_folders(tmp_path / "other", classes=2, each=1)
+    (tmp_path / "empty").mkdir()
+    both = [tmp_path / "images_background", tmp_path / "images_evaluation"]
+    assert is_omniglot(both)
+    assert is_omniglot(both[:1])
+    for name in ("mine", "other", "empty"):
+        assert not is_omniglot([*both, tmp_path / name])
+    with pytest.raises(InputError, match=r"nosuch is no folder and no \.zip"):
+        is_omniglot([tmp_path / "nosuch"])
 
 
 # --- tables
