@@ -180,7 +180,7 @@ def test_omniglot_with_other_classes_gets_a_random_split(tmp_path: Path) -> None
 
 
 def test_omniglot_is_known_by_its_folders(tmp_path: Path) -> None:
-    names = open_omniglot().class_names
+    names = list(open_omniglot().class_names)
     original_omniglot(tmp_path / "images_background", names[:2])
     original_omniglot(tmp_path / "images_evaluation", names[-2:])
     original_omniglot(tmp_path / "mine", ["Elvish/character01", names[0]])
