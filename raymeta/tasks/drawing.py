@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -54,10 +54,15 @@ def task_numbers(numbers: list[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64)
 
 
-def fingerprint_of(source: TaskSource, splits: Iterable[str], *parts: str) -> str:
-    """A hash of the settings of `source` (a dataclass), of `parts`, and of a few tasks of each of `splits`."""
+def fingerprint_of(source: TaskSource, splits: Iterable[str], *parts: str, without: Collection[str] = ()) -> str:
+    """A hash of the settings of `source` (a dataclass), of `parts`, and of a few tasks of each of `splits`.
+
+    Args:
+        without: settings that are left out: where a file lies, when its contents are in `parts`.
+    """
     made = hashlib.sha256()
-    settings = {field.name: getattr(source, field.name) for field in fields(source)}  # type: ignore[arg-type]
+    names = [field.name for field in fields(source) if field.name not in without]  # type: ignore[arg-type]
+    settings = {name: getattr(source, name) for name in names}
     made.update(repr((type(source).__name__, settings, parts)).encode())
     for split in splits:
         made.update(split.encode())

@@ -169,7 +169,7 @@ class RegressionTable:
 
     def fingerprint(self) -> str:
         drawable = [split for split in SPLITS if len(self._usable[split])]
-        return fingerprint_of(self, drawable, self._data.checksum)
+        return fingerprint_of(self, drawable, self._data.checksum, without=("path",))
 
     def _draw(self, split: str, number: int) -> tuple[int, np.ndarray]:
         """The table task of a task number, and its rows in a drawn order."""
