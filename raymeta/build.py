@@ -299,8 +299,8 @@ def _check_evaluation(config: Config, parts: WorkerParts, params: Params) -> Non
         place = f"validation task 0 ({where})" if where else "validation task 0"
         raise InputError(
             f"model.name={config.model.name} fails with algorithm.name={config.algorithm.name} on {place}: "
-            f"{told.rstrip('.')}. Training alone would go, but every test measures both kinds of statistics: change the "
-            "model, or what evaluation has otherwise than training (evaluation.ways, shots, queries)."
+            f"{told.rstrip('.')}. Training alone would go, but every test measures both kinds of statistics: change "
+            "the model, or what evaluation has otherwise than training (evaluation.ways, shots, queries)."
         ) from error
 
 
@@ -387,7 +387,9 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
     """The settings that the trainer needs of the `evaluation` section, inner steps as in training where it has none."""
     section = config.evaluation
     steps = config.algorithm.arguments.get("inner_steps") if section.inner_steps is None else section.inner_steps
-    return EvaluationSettings(section.every_steps, section.tasks, section.test_tasks, steps, section.statistics)
+    return EvaluationSettings(
+        section.every_steps, section.tasks, section.test_tasks, steps, section.statistics, evaluation_changes(config)
+    )
 
 
 def first_params(config: Config, parts: WorkerParts) -> Params:
