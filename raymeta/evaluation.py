@@ -7,8 +7,8 @@ seen together, transductive, as in the papers) or "support" (each query alone, i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ class EvaluationSettings:
         test_tasks: test tasks, once, at the end.
         inner_steps: None: as in training.
         statistics: of the validation that chooses the checkpoint, and of the test figure named first.
+        changes: what the evaluation's task source has otherwise than training's (ways, shots, queries).
     """
 
     every_steps: int = 500
@@ -40,6 +41,20 @@ class EvaluationSettings:
     test_tasks: int = 1000
     inner_steps: int | None = None
     statistics: Statistics = "batch"
+    changes: Mapping[str, int] = field(default_factory=dict)
+
+    def of_validation(self) -> dict[str, Any]:
+        """What two validations must have in common to be compared, as JSON."""
+        return {
+            "tasks": self.tasks,
+            "inner_steps": self.inner_steps,
+            "statistics": self.statistics,
+            "changes": dict(self.changes),
+        }
+
+    def of_test(self) -> dict[str, Any]:
+        """What a test's figures, and the choice of its checkpoint, depend on, as JSON."""
+        return {**self.of_validation(), "test_tasks": self.test_tasks}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -214,10 +214,10 @@ class RunDirectory:
             content = self.storage.read(METRICS) if self.storage.has_file(METRICS) else b""
         return [record for _, record in self._records(content)]
 
-    def truncate_metrics(self, step: int | None, without: str | None = None) -> None:
+    def truncate_metrics(self, step: int | None, without: Collection[str] = ()) -> None:
         """Drop the records after a step (None: all), so that a resumed run's file is an undisturbed one's.
 
-        Records of that very step whose `kind` is `without` are dropped too.
+        Records of that very step whose `kind` is one of `without` are dropped too.
 
         TensorBoard is told to hide what it was given after that step.
 
@@ -232,7 +232,7 @@ class RunDirectory:
                 line
                 for line, record in self._records(path.read_bytes())
                 if step is not None
-                and (record["step"] < step or (record["step"] == step and record.get("kind", "") != without))
+                and (record["step"] < step or (record["step"] == step and record.get("kind") not in without))
             ]
             Storage.of(self._folder).write(METRICS, b"".join(kept))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raymeta.checkpoint import Checkpoint
-from raymeta.errors import NonFiniteError, listed
+from raymeta.errors import InputError, NonFiniteError, listed
 from raymeta.evaluation import Evaluation, EvaluationSettings, evaluate
 from raymeta.meta_gradient import MetaGradient
 from raymeta.metrics import HIGHER_IS_BETTER
@@ -79,6 +79,9 @@ class MetaTrainer:
         self.best: dict[str, Any] | None = None  # the summary of the best validation so far, with its step
         self.validated_step = -1
         self.test: dict[str, Any] | None = None  # the test's summaries, once it is done
+        self._measured_with = (
+            evaluation.of_validation()
+        )  # `best` and the last validation; `fit` sees to it after a resume
         self._best_flat = self.flat  # its parameters, where there is no run directory to hold them
         self._sums: dict[str, float] = {}
         self._summed_steps, self._summed_seconds = 0, 0.0
@@ -150,6 +153,8 @@ class MetaTrainer:
             return self.test
         self.pool.abandon = None if stop is None else lambda: stop() is not None
         try:
+            if self._measured_with != self.evaluation.of_validation():
+                self._measure_again(emit)
             while True:
                 if self._validation_is_due():
                     self._validate(emit)
@@ -187,12 +192,17 @@ class MetaTrainer:
             raise Interrupted(signal, self.step_number)
 
     def _validate(self, emit: Callable[[str, Record], None]) -> None:
+        self._take_validation(self._validation_of(self.flat, self.step_number), emit)
+
+    def _validation_of(self, flat: Tensor, step: int) -> Evaluation:
+        """Raises NonFiniteError naming `step`, that of the parameters `flat`."""
         kind = self.evaluation.statistics
         settings = self.evaluation
-        found = evaluate(
-            self.pool, self.flat, "validation", settings.tasks, self.metric, settings.inner_steps, (kind,)
-        )[kind]
-        found.require_finite(self.step_number)
+        found = evaluate(self.pool, flat, "validation", settings.tasks, self.metric, settings.inner_steps, (kind,))
+        found[kind].require_finite(step)
+        return found[kind]
+
+    def _take_validation(self, found: Evaluation, emit: Callable[[str, Record], None]) -> None:
         record = {"step": self.step_number, "kind": "validation", **found.summary()}
         better = self.best is None or (
             found.mean > self.best["mean"] if HIGHER_IS_BETTER[self.metric] else found.mean < self.best["mean"]
@@ -207,14 +217,33 @@ class MetaTrainer:
         self._save(best=better)
         emit("validation", {**record, "best": better})
 
+    def _measure_again(self, emit: Callable[[str, Record], None]) -> None:
+        """The resumed run evaluates otherwise than before: `best`, and the last validation if it is of this step, are
+        measured with the settings of now, so that what is compared can be. Nothing changes before all of it is done.
+        """
+        log.info("the evaluation's settings have changed: the best checkpoint is validated again")
+        best, validated = None, None
+        if self.best is not None and self.best["step"] != self.step_number:
+            step = self.best["step"]
+            best = {"step": step, "kind": "validation", **self._validation_of(self._saved_flat(step), step).summary()}
+        if self.validated_step == self.step_number:
+            validated = self._validation_of(self.flat, self.step_number)
+        self.best, self._measured_with = best, self.evaluation.of_validation()
+        if validated is not None:
+            self._take_validation(validated, emit)
+        else:
+            self._save(best=False)
+
+    def _saved_flat(self, step: int) -> Tensor:
+        """[P] the parameters of a checkpoint of this run."""
+        assert self.run is not None, "checkpoints are in a run directory"
+        return self.layout.flatten(self.layout.ordered(self.run.load(step).params, "the checkpoint")).to(self.flat)
+
     def _test_once(self, emit: Callable[[str, Record], None]) -> dict[str, Any]:
         """The test split, touched once, with the parameters that validation chose."""
         assert self.best is not None, "validation comes first"
         step = self.best["step"]
-        if self.run is not None:
-            flat = self.layout.flatten(self.layout.ordered(self.run.load(step).params, "the checkpoint")).to(self.flat)
-        else:
-            flat = self._best_flat
+        flat = self._best_flat if self.run is None else self._saved_flat(step)
         settings = self.evaluation
         found = evaluate(self.pool, flat, "test", settings.test_tasks, self.metric, settings.inner_steps)
         for evaluation in found.values():
@@ -269,6 +298,9 @@ class MetaTrainer:
                 "best": self.best,
                 "validated_step": self.validated_step,
                 "test": self.test,
+                "measured_with": self._measured_with,
+                "tested_with": self.evaluation.of_test(),
+                "data": self.pool.reports[0].fingerprints[0],
                 "describes": self.describes,
                 "sums": [self._sums, self._summed_steps, self._summed_seconds],
             },
@@ -281,7 +313,8 @@ class MetaTrainer:
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Goes on in the run directory from its checkpoint, or from the start where it has none (None).
 
-        What was recorded after that is dropped, so that the records become those of a run without a stop.
+        What was recorded after that is dropped, so that the records become those of a run without a stop; so is what
+        was measured with other evaluation settings, as far as `fit` measures it again.
 
         Raises:
             InputError: as `restore`, or records that cannot be read.
@@ -290,25 +323,45 @@ class MetaTrainer:
         if checkpoint is None:
             self.run.truncate_metrics(None)
             return
-        # A test that was recorded, but is in no checkpoint, is done again.
-        self.run.truncate_metrics(checkpoint.step, without=None if checkpoint.state["test"] else "test")
         self.restore(checkpoint)
+        again = []
+        # A test that was recorded, but is in no checkpoint, is done again. That of a run made longer stays recorded.
+        if self.test is None and not (checkpoint.state["test"] and self.step_number < self.outer.steps):
+            again.append("test")
+        if self._measured_with != self.evaluation.of_validation():
+            again.append("validation")
+        self.run.truncate_metrics(checkpoint.step, without=again)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint of this run.
 
         Raises:
-            InputError: its parameters are not those of this run's model and learner.
+            InputError: its parameters are not those of this run's model and learner, or the training data have changed.
         """
+        state = checkpoint.state
+        if "data" in state:  # earlier versions did not keep it
+            self._require_same_data(state["data"])
         self.flat.copy_(self.layout.flatten(self.layout.ordered(checkpoint.params, "the checkpoint")))
         self.optimizer.load_state(checkpoint.optimizer)
         self.step_number = checkpoint.step
-        state = checkpoint.state
         self.validated_step, self.test = state["validated_step"], state["test"]
         self.best = state["best"] if self.run is not None else None  # without a run, its parameters are nowhere
         self._sums, self._summed_steps, self._summed_seconds = state["sums"]
+        self._measured_with = state.get("measured_with", self.evaluation.of_validation())
         if self.step_number < self.outer.steps:
             self.test = None  # the run was made longer: its test is yet to come
+        if state.get("tested_with", self.evaluation.of_test()) != self.evaluation.of_test():
+            self.test = None  # it would be said under settings that it was not measured with
+
+    def _require_same_data(self, fingerprint: str) -> None:
+        """Raises InputError where the workers' training tasks are not those that the checkpoint was trained on."""
+        now = self.pool.reports[0].fingerprints[0]
+        if now != fingerprint:
+            raise InputError(
+                f"the training data have changed: the run that is to be resumed has fingerprint {fingerprint}, the "
+                f"`tasks` of now have {now}. Put the data back, or start a new run with another --run-dir (and "
+                "initial_checkpoint to begin from these weights)."
+            )
 
     def start_from(self, params: Mapping[str, Tensor]) -> None:
         """Starts a new run from another's parameters. Raises InputError as `restore`."""

@@ -235,6 +235,50 @@ def test_what_may_change_when_a_run_is_resumed(
     assert same_bits(run, trained(tmp_path / "whole", *SINUSOID, "outer.steps=8"))
 
 
+def test_a_finished_run_says_its_test_under_the_protocol_that_it_was_measured_with(
+    tmp_path: Path, raymeta_cli: Callable[..., Said]
+) -> None:
+    run = trained(tmp_path / "run", *SINUSOID)
+    first = raymeta_cli("train", "--run-dir", run, "--resume")
+    said = raymeta_cli("train", "--run-dir", run, "--resume", "evaluation.shots=5")
+    assert "test, 5 shots" in said.out
+    found = json.loads(raymeta_cli("evaluate", run, "--episodes", "4", "--json").out)
+    tests = [record for record in RunDirectory(run).read_metrics() if record["kind"] == "test"]
+    assert [record["statistics"] for record in tests] == ["batch", "support"]
+    assert tests[0]["mean"] == found["mean"]
+    # And back: the numbers of the beginning.
+    assert raymeta_cli("train", "--run-dir", run, "--resume", "evaluation.shots=null").out == first.out != said.out
+
+
+def test_a_run_whose_table_has_changed_is_not_resumed(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    def table(name: str, scale: float) -> Path:
+        generator = np.random.default_rng(0)
+        columns = {"task": np.repeat(np.arange(12), 8), "a": generator.normal(size=96)}
+        columns["y"] = scale * columns["a"] + generator.normal(size=96)
+        return write(pa.table({key: pa.array(value) for key, value in columns.items()}), tmp_path / name)
+
+    table("rows.parquet", 1.0)
+    raw = {
+        "tasks": {"name": "regression_table", "path": "rows.parquet", "task_column": "task", "targets": ["y"]},
+        "model": {"name": "mlp", "hidden": [6]},
+        "algorithm": {"name": "maml"},
+    }
+    (tmp_path / "mine.yaml").write_text(dump(raw))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path)
+        trained(tmp_path / "run", "mine.yaml", *TINY, "tasks.shots=3")
+        # The same table elsewhere is the same data.
+        (tmp_path / "moved").mkdir()
+        (tmp_path / "rows.parquet").rename(tmp_path / "moved" / "rows.parquet")
+        patched.chdir(tmp_path / "moved")
+        assert raymeta_cli("train", "--run-dir", tmp_path / "run", "--resume", "outer.steps=6").code == 0
+        table("moved/rows.parquet", 2.0)
+        said = raymeta_cli("train", "--run-dir", tmp_path / "run", "--resume", "outer.steps=8")
+    assert said.code == 2
+    assert "the training data have changed" in said.err
+    assert RunDirectory(tmp_path / "run").read_config()["outer"]["steps"] == 6
+
+
 def test_a_run_from_the_weights_of_another(tmp_path: Path, sinusoid_run: Path, refused: Callable[..., str]) -> None:
     copy = tmp_path / "copy"
     trained(copy, *SINUSOID, f"initial_checkpoint={sinusoid_run}", "outer.steps=0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,11 @@ def new_run(place: Path) -> RunDirectory:
     return run
 
 
-def resumed(parts: WorkerParts, place: Path, outer: OuterSettings = OUTER) -> tuple[MetaTrainer, RunDirectory]:
+def resumed(
+    parts: WorkerParts, place: Path, outer: OuterSettings = OUTER, evaluation: EvaluationSettings = EVALUATION
+) -> tuple[MetaTrainer, RunDirectory]:
     run = new_run(place)
-    trainer = trainer_of(parts, run, outer)
+    trainer = trainer_of(parts, run, outer, evaluation)
     trainer.resume(run.load("latest"))
     return trainer, run
 
@@ -307,6 +309,103 @@ def test_a_finished_run_repeats_its_test_without_a_second_one(
         assert trainer.fit() == undisturbed[2]
         assert trainer.fit() == undisturbed[2]
     assert not source.drawn
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tasks": 4}, {"test_tasks": 7}, {"inner_steps": 2}, {"statistics": "support"}, {"every_steps": 4}]
+)
+def test_a_finished_run_is_tested_with_the_evaluation_settings_of_now(changes: dict[str, Any], tmp_path: Path) -> None:
+    with new_run(tmp_path) as run:
+        before = trainer_of(parts_of(Sinusoid()), run).fit()
+    evaluation = replace(EVALUATION, **changes)
+    source = Watched(Sinusoid())
+    trainer, run = resumed(parts_of(source), tmp_path, evaluation=evaluation)
+    with run:
+        source.drawn.clear()
+        test = trainer.fit()
+    assert source.numbers("test") == ([] if "every_steps" in changes else list(range(evaluation.test_tasks)))
+    revalidated = not changes.keys() & {"every_steps", "test_tasks"}
+    assert bool(source.numbers("validation")) == revalidated
+    found = records(tmp_path)
+    assert [record["statistics"] for record in found if record["kind"] == "test"] == ["batch", "support"]
+    assert [record["step"] for record in found if record["kind"] == "validation"] == [5, 10, 12]
+    assert (test["batch"]["episodes"], test["batch"]["inner_steps"]) == (evaluation.test_tasks, evaluation.inner_steps)
+    if revalidated:
+        last = [record for record in found if record["kind"] == "validation"][-1]
+        assert last["episodes"] == evaluation.tasks
+        assert last["statistics"] == evaluation.statistics
+    else:
+        assert test["step"] == before["step"]
+    # Now that is what the run has: resumed once more, it is not done again.
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    trainer, run = resumed(parts_of(source), tmp_path, evaluation=evaluation)
+    with run:
+        source.drawn.clear()
+        assert trainer.fit() == test
+    assert not source.drawn
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
+# At this rate the later parameters are worse than those of the first validations.
+WORSENING = OuterSettings(optimizer="sgd", rate=0.05, steps=12, tasks_per_step=2)
+
+
+@pytest.mark.parametrize("at", [6, 7])
+@pytest.mark.parametrize("given_up", [False, True])
+def test_the_best_checkpoint_is_measured_again_when_evaluation_has_changed(
+    at: int, given_up: bool, tmp_path: Path
+) -> None:
+    """Interrupted at a validated step or between two; then once more in the middle of measuring again."""
+    parts, first = parts_of(Sinusoid()), EvaluationSettings(every_steps=2, tasks=20, test_tasks=9)
+    with new_run(tmp_path) as run:
+        trainer = trainer_of(parts, run, WORSENING, first)
+        with pytest.raises(Interrupted):
+            trainer.fit(stop=lambda: 15 if trainer.step_number == at else None)
+        assert trainer.best is not None
+        step, old = trainer.best["step"], trainer.best["mean"]
+    assert step < 6, "the best is the latest: the test shows less"
+    now = replace(first, inner_steps=0, tasks=11)
+    if given_up:
+        asked = iter(range(9))
+        trainer, run = resumed(parts, tmp_path, WORSENING, now)
+        with run, pytest.raises(Interrupted) as interrupted:
+            trainer.fit(stop=lambda: 15 if next(asked, None) is None else None)
+        assert interrupted.value.step == at
+    trainer, run = resumed(parts, tmp_path, WORSENING, now)
+    with run:
+        seen: list[tuple[str, dict[str, Any]]] = []
+        bests: list[Any] = []
+
+        def note(kind: str, record: Record) -> None:
+            seen.append((kind, record))
+            bests.append(trainer.best)
+
+        test = trainer.fit(note)
+        trainer.flat.copy_(trainer.layout.flatten(trainer.layout.ordered(run.load("best").params, "it")))
+        again = trainer.evaluate("validation")["batch"]
+    assert trainer.best is not None
+    assert trainer.best["mean"] == again.mean
+    assert (trainer.best["episodes"], trainer.best["inner_steps"]) == (11, 0)
+    assert all(best["episodes"] == 11 for best in bests)
+    assert test["step"] == trainer.best["step"] == RunDirectory(tmp_path).find_step("best")
+    assert old != again.mean
+    validations = [record for record in records(tmp_path) if record["kind"] == "validation"]
+    assert [record["step"] for record in validations] == [2, 4, 6, 8, 10, 12]
+    assert [record["episodes"] for record in validations] == [20, 20, 11 if at == 6 else 20, 11, 11, 11]
+    # The same choice as among all that was measured with the new settings, the old best among them.
+    assert trainer.best["mean"] == min(best["mean"] for best in bests)
+
+
+def test_other_training_data_are_refused_when_a_run_is_resumed(tmp_path: Path) -> None:
+    with new_run(tmp_path) as run:
+        trainer_of(parts_of(Sinusoid()), run).fit()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with (
+        pytest.raises(InputError, match=r"the training data have changed: .* fingerprint \w{64}, the `tasks` of now"),
+        new_run(tmp_path) as run,
+    ):
+        trainer_of(parts_of(Sinusoid(seed=5)), run).resume(run.load("latest"))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
