@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import json
 import os
 import resource
@@ -201,6 +203,8 @@ def test_memory_is_flat_over_500_steps():
 
         def watch(kind: str, record: dict[str, Any]) -> None:
             if kind == "step" and record["step"] in (100, 350, 600):
+                gc.collect()  # this process holds what other tests left, and its allocator what they freed
+                ctypes.CDLL(None).malloc_trim(0)
                 used[record["step"]] = [own_bytes(pid) for pid in (os.getpid(), *(r.pid for r in pool.reports))]
 
         trainer.fit(watch)
@@ -208,4 +212,4 @@ def test_memory_is_flat_over_500_steps():
     for before, middle, after in zip(used[100], used[350], used[600], strict=True):
         # A few of the vectors that each step sends, for what the allocator keeps; 500 leaked ones would be 1 GB.
         assert middle - before < 12 * size, used
-        assert after - middle < 5 * size, used
+        assert after - max(before, middle) < 5 * size, used
