@@ -20,7 +20,7 @@ from raymeta.algorithms.gradient_learner import rows_of_step
 from raymeta.algorithms.inner_loop import InnerLoop, Rates
 from raymeta.algorithms.learner import Adapted, Statistics
 from raymeta.algorithms.maml import MAML
-from raymeta.algorithms.outer_gradients import OuterGradient
+from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled
 from raymeta.errors import InputError
@@ -80,21 +80,17 @@ class MultiTask(MAML):
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
         x, y, mask = _joined(batch)
         keys = task_keys(self.seed, "joint", step, batch.tasks.tolist(), x.device)
-        with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-            outputs = model.outputs({}, model_params(leaves), x, mask, keys)
+
+        def query(leaves: Params) -> QueryResult:
+            outputs, targets = model.outputs({}, model_params(leaves), x, mask, keys), y
             if self.training_classes is not None:
                 if batch.classes is None:
                     raise InputError("tasks.name: the multi-task baseline needs tasks that number their classes")
-                y = batch.classes.gather(1, y)
+                targets = batch.classes.gather(1, y)
                 outputs = torch.nn.functional.linear(outputs, leaves[JOINT_WEIGHT], leaves[JOINT_BIAS])
-            loss = self.losses(outputs, y, mask)
-            found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        gradient = {
-            name: torch.zeros_like(value) if g is None else g
-            for (name, value), g in zip(leaves.items(), found, strict=True)
-        }
-        return OuterGradient(gradient, loss.detach(), self.metrics(outputs.detach(), y, mask))
+            return QueryResult(self.losses(outputs, targets, mask), self.metrics(outputs.detach(), targets, mask))
+
+        return direct(params, query)
 
     def adapt(
         self,

@@ -3,6 +3,7 @@
 Every function here takes one batch of tasks (an `InnerLoop`, the query function) and the outer parameters, and returns
 what each task's queries gave and the gradient of the sum over tasks.
 
+- `direct`: for learners whose adaptation takes no step.
 - `unrolled`: exact, by plain backpropagation through all steps; memory grows with the steps.
 - `flat`: exact, with the graph of one step alive at a time; memory grows by one stored state a step.
 - `unrolled` with second_order=False: first-order MAML (arXiv 1703.03400, section 5.2).
@@ -59,6 +60,15 @@ def _gradient(outputs: list[Tensor], inputs: list[Tensor], adjoints: list[Tensor
     seeds = None if adjoints is None else [adjoints[i] for i in chosen]
     found = torch.autograd.grad([outputs[i] for i in chosen], inputs, seeds, allow_unused=True)
     return [torch.zeros_like(v) if g is None else g for v, g in zip(inputs, found, strict=True)]
+
+
+def direct(params: Params, query: Callable[[Params], QueryResult]) -> OuterGradient:
+    """The plain gradient of a query loss that depends on the outer parameters without an inner loop."""
+    with torch.enable_grad():
+        leaves = _leaves(params)
+        result = query(leaves)
+        gradient = _gradient([result.loss.sum()], list(leaves.values()))
+    return OuterGradient(dict(zip(leaves, gradient, strict=True)), result.loss.detach(), result.metric.detach())
 
 
 def unrolled(

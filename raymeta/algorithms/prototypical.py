@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.learner import Adapted, Learner, Statistics
-from raymeta.algorithms.outer_gradients import OuterGradient
+from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled
 from raymeta.errors import InputError
@@ -35,29 +35,27 @@ class PrototypicalNetworks(Learner):
 
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
         device, numbers = batch.support_x.device, batch.tasks.tolist()
-        with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        support_keys = task_keys(self.seed, "support", step, numbers, device)
+        query_keys = task_keys(self.seed, "query", step, numbers, device)
+
+        def query(leaves: Params) -> QueryResult:
             weights = model_params(leaves)
-            support_keys = task_keys(self.seed, "support", step, numbers, device)
-            query_keys = task_keys(self.seed, "query", step, numbers, device)
             support = model.outputs({}, weights, batch.support_x, batch.support_mask, support_keys)
             centres = prototypes(support, batch.support_y, batch.support_mask)
-            query = model.outputs({}, weights, batch.query_x, batch.query_mask, query_keys)
+            embedded = model.outputs({}, weights, batch.query_x, batch.query_mask, query_keys)
             ways = centres.shape[1]
             if int(batch.query_y.max()) >= ways:
                 raise InputError(
                     f"a query has the label {int(batch.query_y.max())}, but the support sets have 0 .. {ways - 1} "
                     "alone; expected a support row for every class of a task"
                 )
-            scores = minus_squared_distances(query, centres)
-            loss = self.losses(scores, batch.query_y, batch.query_mask)
-            found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        gradient = {
-            name: torch.zeros_like(value) if g is None else g
-            for (name, value), g in zip(leaves.items(), found, strict=True)
-        }
-        metric = self.metrics(scores.detach(), batch.query_y, batch.query_mask)
-        return OuterGradient(gradient, loss.detach(), metric)
+            scores = minus_squared_distances(embedded, centres)
+            return QueryResult(
+                self.losses(scores, batch.query_y, batch.query_mask),
+                self.metrics(scores.detach(), batch.query_y, batch.query_mask),
+            )
+
+        return direct(params, query)
 
     def adapt(
         self,
