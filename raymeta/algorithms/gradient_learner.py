@@ -6,7 +6,7 @@ Legend: T tasks, S support rows, Q query rows.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained, require_second_derivatives
 from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Rates
-from raymeta.algorithms.learner import Adapted, Learner, Statistics
+from raymeta.algorithms.learner import Adapted, Learner, MiniBatches, Statistics, StepPlan
 from raymeta.algorithms.outer_gradients import (
     OuterGradient,
     Query,
     QueryResult,
-    StepWeights,
     displacement,
     flat,
     implicit,
@@ -28,15 +27,15 @@ from raymeta.algorithms.outer_gradients import (
 )
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled
-from raymeta.ops.draws import derived_key, task_keys
+from raymeta.ops.draws import derived_key
+from raymeta.ops.folding import dense
 from raymeta.params import Params, model_params
 from raymeta.seeding import generator
 
-# For each inner step the positions [T, B] of the rows that it sees, and the mask [T, B] of those that count.
-MiniBatches = list[tuple[Tensor, Tensor | None]]
-
 # Up to this many inner steps the unrolled form is the default: it is the faster one, and its graph still small.
 UNROLLED_STEPS = 5
+# With more inner steps than this the list of operations takes tens of seconds to record.
+RECORDED_STEPS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,28 +148,23 @@ class GradientLearner(Learner):
         support_x: Tensor,
         support_y: Tensor,
         support_mask: Tensor | None,
-        tasks: Tensor,
-        step: int | None,
+        rows: MiniBatches | None,
+        keys: Tensor | None,
         steps: int,
     ) -> InnerLoop:
-        """The inner loop of T tasks. `step`: the outer step, of which dropout is drawn; None outside training."""
+        """The inner loop of T tasks. `rows`: of `mini_batches`; `keys`: [T] of dropout, None outside training."""
         weights = model_params(params)
         names = self.fast_names(tuple(weights))
         shared_names = [name for name in weights if name not in names]
         count = len(support_x)
-        purpose = "adapt" if step is None else "train"
-        keys = None if step is None else task_keys(self.seed, "support", step, tasks.tolist(), support_x.device)
-        batches = self.mini_batches(
-            support_x.shape[1], support_mask, tasks, purpose, step or 0, steps, support_x.device
-        )
 
         def start(params: Params) -> Params:
             own = model_params(params)
-            return {name: own[name].expand(count, *own[name].shape) for name in names}
+            return {name: dense(own[name]).expand(count, *own[name].shape) for name in names}
 
         def objective(fast: Params, params: Params, number: int) -> Tensor:
             own = model_params(params)
-            x, y, mask = rows_of_step(support_x, support_y, support_mask, batches, number)
+            x, y, mask = rows_of_step(support_x, support_y, support_mask, rows, number)
             key = None if keys is None else derived_key(keys, number)
             outputs = model.outputs(fast, {name: own[name] for name in shared_names}, x, mask, key)
             loss = self.losses(outputs, y, mask)
@@ -184,10 +178,17 @@ class GradientLearner(Learner):
 
         return InnerLoop(steps, start, objective, rates, self.rule())
 
-    def query(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> Query:
+    def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
+        x = batch.support_x
+        rows = self.mini_batches(x.shape[1], batch.support_mask, batch.tasks, "train", step, self.inner_steps, x.device)
+        given = self.step_weights(step)
+        weights = None if given is None else torch.tensor(given, dtype=torch.float64).to(next(iter(params.values())))
+        return replace(super().plan(params, batch, step), rows=rows, weights=weights)
+
+    def query(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> Query:
         """The query function of a training batch: (fast, outer parameters) -> losses and metrics [T]."""
         names = self.fast_names(tuple(model_params(params)))
-        keys = task_keys(self.seed, "query", step, batch.tasks.tolist(), batch.query_x.device)
+        keys = plan.keys["query"]
 
         def query(fast: Params, params: Params) -> QueryResult:
             shared = {name: value for name, value in model_params(params).items() if name not in names}
@@ -199,19 +200,22 @@ class GradientLearner(Learner):
 
         return query
 
-    def step_weights(self, step: int) -> StepWeights | None:
+    def step_weights(self, step: int) -> tuple[float, ...] | None:
         """The weight of the query loss after each inner step; None: the last alone counts."""
         return None
 
-    def training_loop(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> InnerLoop:
+    def training_loop(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> InnerLoop:
         """The inner loop of a training batch."""
-        return self.inner_loop(
-            model, params, batch.support_x, batch.support_y, batch.support_mask, batch.tasks, step, self.inner_steps
-        )
+        support = (batch.support_x, batch.support_y, batch.support_mask)
+        return self.inner_loop(model, params, *support, plan.rows, plan.keys["support"], self.inner_steps)
 
-    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
-        loop, query = self.training_loop(model, params, batch, step), self.query(model, params, batch, step)
-        weights = self.step_weights(step)
+    @property
+    def recordable(self) -> bool:
+        return self.inner_steps <= RECORDED_STEPS
+
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
+        loop, query = self.training_loop(model, params, batch, plan), self.query(model, params, batch, plan)
+        weights = plan.weights
         if self.outer_gradient in ("exact", "implicit") and self.inner_steps:
             own = model_params(params)
             require_second_derivatives(model, own, self.fast_names(tuple(own)), batch.support_x[0])
@@ -239,7 +243,9 @@ class GradientLearner(Learner):
         steps = self.inner_steps if inner_steps is None else inner_steps
         numbers = torch.arange(len(support_x)) if tasks is None else tasks
         with explained(prepared, model_params(params), support_x[0]):
-            loop = self.inner_loop(prepared, params, support_x, support_y, support_mask, numbers, None, steps)
+            support = (support_x, support_y, support_mask)
+            rows = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
+            loop = self.inner_loop(prepared, params, *support, rows, None, steps)
             fast = loop.run(params)
             weights = model_params(params)
             shared = {name: value for name, value in weights.items() if name not in fast}

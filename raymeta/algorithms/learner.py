@@ -15,20 +15,25 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.outer_gradients import OuterGradient
-from raymeta.algorithms.task_model import Batching, Precision, TaskModel, task_model
+from raymeta.algorithms.task_model import Batching, Kernels, Precision, TaskModel, task_model
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient
 from raymeta.metrics import LOSSES, METRICS, task_losses, task_metrics
 from raymeta.ops.batch_norm import LayerStatistics
+from raymeta.ops.draws import task_keys
 from raymeta.params import MODEL, ParameterLayout, Params, model_params
 
 # "batch": batch norms use the batch at hand (transductive where the queries are seen together, the papers' test).
 # "support": they use the support set's, so that each query row is treated alone (inductive).
 Statistics = Literal["batch", "support"]
+
+# For each inner step the positions [T, B] of the rows that it sees, and the mask [T, B] of those that count.
+MiniBatches = list[tuple[Tensor, Tensor | None]]
 
 # Fields that come from the task source and the configuration's other sections.
 FILLED_BY_BUILD = frozenset({"loss", "metric", "seed", "training_classes", "embedding_size"})
@@ -49,6 +54,28 @@ class Adapted:
     statistics: LayerStatistics
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """What the numbers of an outer step and of its tasks decide, before anything is computed.
+
+    Attributes:
+        keys: by purpose, [T] int64, the tasks' keys for dropout.
+        rows: for each inner step the support rows that it sees (`MiniBatches`); None: all.
+        weights: [k] of the query loss after each inner step; None: the last alone counts.
+        ways: how many classes the tasks have at most; 0 where targets are no class numbers.
+    """
+
+    keys: dict[str, Tensor]
+    rows: MiniBatches | None = None
+    weights: Tensor | None = None
+    ways: int = 0
+
+
+def count_ways(*labels: Tensor) -> int:
+    """The largest class number plus one; 0 for targets that are no class numbers."""
+    return max(0 if y.is_floating_point() or y.numel() == 0 else int(y.max()) + 1 for y in labels)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learner(ABC):
     """A meta-learning algorithm.
@@ -58,6 +85,8 @@ class Learner(ABC):
             torch.func.vmap cannot map.
         precision: "float32": as the parameters are; "bfloat16": matrix products in bfloat16 (torch.autocast),
             parameters, losses and sums as they are.
+        kernels: "task": known layers run by kernels that know the task dimension (`raymeta.ops.task_kernels`);
+            "general": all by vmap's own rules.
         loss, metric: names in `raymeta.metrics`.
         seed: of every draw inside an adaptation.
         training_classes: how many classes the training split has; None where there are none.
@@ -65,6 +94,7 @@ class Learner(ABC):
 
     batching: Batching = "vmap"
     precision: Precision = "float32"
+    kernels: Kernels = "task"
     loss: str = "cross_entropy"
     metric: str = "accuracy"
     seed: int = 0
@@ -121,9 +151,19 @@ class Learner(ABC):
     ) -> Tensor:
         """[T, Q, ...] outputs (class scores or targets) for query_x [T, Q, ...]; without a graph."""
 
+    def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
+        """What the numbers of the outer step and of the tasks decide."""
+        numbers, device = batch.tasks.tolist(), batch.support_x.device
+        keys = {purpose: task_keys(self.seed, purpose, step, numbers, device) for purpose in ("support", "query")}
+        return StepPlan(keys, ways=count_ways(batch.support_y, batch.query_y))
+
     @abstractmethod
-    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
-        """The sum over the batch's tasks of the meta-gradients, by parameter name, and the query results [T]."""
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
+        """The sum over the batch's tasks of the meta-gradients, by parameter name, and the query results [T].
+
+        A function of the tensors in `params`, `batch` and `plan`: nothing in here may look at the step, at a clock or
+        at the values of a tensor, so that it can be recorded (`raymeta.algorithms.program`).
+        """
 
     def meta_gradient(self, model: nn.Module, params: Params, batch: Episodes, step: int) -> MetaGradient:
         """The sum over the batch's tasks: gradient [P] in the order of `params`, losses, metrics, bad tasks.
@@ -133,7 +173,7 @@ class Learner(ABC):
         """
         prepared, batch = self.prepared(model), batch.filled()
         with explained(prepared, model_params(params), batch.support_x[0]):
-            result = self.summed_gradient(prepared, params, batch, step)
+            result = self._computed(prepared, params, batch, step)
         gradient = ParameterLayout.of(params).flatten(result.gradient)
         bad: tuple[int, ...] = ()
         if not _finite(gradient, result.loss):
@@ -146,6 +186,34 @@ class Learner(ABC):
             step=step,
         )
 
+    def _computed(self, prepared: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
+        """`summed_gradient`, by a recorded program where there is one."""
+        plan = self.plan(params, batch, step)
+        if not self.recordable or prepared.batching != "vmap":
+            return self.summed_gradient(prepared, params, batch, plan)
+        tensors, layout = tree_flatten((params, vars(batch), vars(plan)))
+        places = [place for place, value in enumerate(tensors) if isinstance(value, Tensor)]
+        names = tuple(params)
+
+        def function(given: list[Tensor]) -> list[Tensor]:
+            whole = list(tensors)
+            for place, value in zip(places, given, strict=True):
+                whole[place] = value
+            own_params, own_batch, own_plan = tree_unflatten(whole, layout)
+            found = self.summed_gradient(prepared, own_params, Episodes(**own_batch), StepPlan(**own_plan))
+            return [*(found.gradient[name] for name in names), found.loss, found.metric]
+
+        others = tuple(value for value in tensors if not isinstance(value, Tensor))
+        *gradients, loss, metric = prepared.programs.run(
+            (self, str(layout), others), function, [tensors[place] for place in places]
+        )
+        return OuterGradient(dict(zip(names, gradients, strict=True)), loss, metric)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether the computation is short enough to be recorded as one list of operations."""
+        return True
+
     def _bad_tasks(self, prepared: TaskModel, params: Params, batch: Episodes, step: int) -> tuple[int, ...]:
         """The numbers of the tasks whose own loss or gradient is not finite; all, where it is only their sum."""
         numbers = [int(number) for number in batch.tasks]
@@ -153,14 +221,15 @@ class Learner(ABC):
             return tuple(numbers)
         bad = []
         for place, number in enumerate(numbers):
-            alone = self.summed_gradient(prepared, params, batch.select(place, place + 1), step)
+            one = batch.select(place, place + 1)
+            alone = self.summed_gradient(prepared, params, one, self.plan(params, one, step))
             if not _finite(alone.loss, *alone.gradient.values()):
                 bad.append(number)
         return tuple(bad or numbers)
 
     def prepared(self, model: nn.Module) -> TaskModel:
         """The prepared copy of `model` that all of this learner's calls share."""
-        return task_model(model, self.batching, self.precision)
+        return task_model(model, self.batching, self.precision, self.kernels)
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         """[T] the loss of each task."""

@@ -9,7 +9,6 @@ from torch import nn
 
 from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.algorithms.inner_loop import Rates
-from raymeta.algorithms.outer_gradients import StepWeights
 from raymeta.params import Params, model_params
 
 RATE = "inner_rate."
@@ -56,7 +55,7 @@ class MAMLPlusPlus(GradientLearner):
         step = min(number, self.inner_steps - 1)
         return {name: params[RATE + layer_of(name)][step] for name in names}
 
-    def step_weights(self, step: int) -> StepWeights | None:
+    def step_weights(self, step: int) -> tuple[float, ...] | None:
         if step >= self.annealing_steps or self.inner_steps == 1:
             return None
         equal = 1.0 / self.inner_steps

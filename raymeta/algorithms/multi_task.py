@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.gradient_learner import rows_of_step
 from raymeta.algorithms.inner_loop import InnerLoop, Rates
-from raymeta.algorithms.learner import Adapted, Statistics
+from raymeta.algorithms.learner import Adapted, Statistics, StepPlan
 from raymeta.algorithms.maml import MAML
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.task_model import TaskModel
@@ -77,9 +77,13 @@ class MultiTask(MAML):
         params[JOINT_BIAS] = torch.zeros(self.training_classes).to(like)
         return params
 
-    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
+    def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
+        keys = {"joint": task_keys(self.seed, "joint", step, batch.tasks.tolist(), batch.support_x.device)}
+        return StepPlan(keys)
+
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
         x, y, mask = _joined(batch)
-        keys = task_keys(self.seed, "joint", step, batch.tasks.tolist(), x.device)
+        keys = plan.keys["joint"]
 
         def query(leaves: Params) -> QueryResult:
             outputs, targets = model.outputs({}, model_params(leaves), x, mask, keys), y

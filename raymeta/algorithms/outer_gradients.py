@@ -35,8 +35,6 @@ class QueryResult:
 
 # (fast [T, ...], outer parameters) -> result; differentiable in both.
 Query = Callable[[Params, Params], QueryResult]
-# The weight of the query loss after step i+1 at place i (0 for none); the last entry belongs to the final state.
-StepWeights = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,21 @@ def direct(params: Params, query: Callable[[Params], QueryResult]) -> OuterGradi
 
 
 def unrolled(
-    loop: InnerLoop, params: Params, query: Query, weights: StepWeights | None = None, second_order: bool = True
+    loop: InnerLoop, params: Params, query: Query, weights: Tensor | None = None, second_order: bool = True
 ) -> OuterGradient:
-    """Backpropagation through the unrolled loop; with `second_order=False` the inner gradients are constants."""
+    """Backpropagation through the unrolled loop; with `second_order=False` the inner gradients are constants.
+
+    Args:
+        weights: [k], the weight of the query loss after step i+1 at place i; the last entry belongs to the final
+            state. None: the final state's loss alone.
+    """
     with torch.enable_grad():
         leaves = _leaves(params)
         state = loop.first_state(leaves)
         losses: list[Tensor] = []
         for number in range(loop.steps):
             state = loop.step(state, leaves, number, second_order)
-            if weights is not None and weights[number] and number < loop.steps - 1:
+            if weights is not None and number < loop.steps - 1:
                 losses.append(weights[number] * query(state["fast"], leaves).loss)
         result = query(state["fast"], leaves)
         losses.append(result.loss if weights is None else weights[-1] * result.loss)
@@ -90,7 +93,7 @@ def unrolled(
     return OuterGradient(dict(zip(leaves, gradient, strict=True)), result.loss.detach(), result.metric.detach())
 
 
-def flat(loop: InnerLoop, params: Params, query: Query, weights: StepWeights | None = None) -> OuterGradient:
+def flat(loop: InnerLoop, params: Params, query: Query, weights: Tensor | None = None) -> OuterGradient:
     """The exact gradient with the graph of one step alive at a time.
 
     Stored are the states s_0 .. s_k, without a graph. Going backwards, step i is run again, and with it the
@@ -105,7 +108,7 @@ def flat(loop: InnerLoop, params: Params, query: Query, weights: StepWeights | N
 
     total = {name: torch.zeros_like(value) for name, value in params.items()}
 
-    def through_query(state: State, weight: float) -> tuple[QueryResult, list[Tensor]]:
+    def through_query(state: State, weight: float | Tensor) -> tuple[QueryResult, list[Tensor]]:
         """The weighted query gradient in the state; its part in the outer parameters goes into `total`."""
         with torch.enable_grad():
             leaves, fast = _leaves(params), _leaves(state["fast"])
@@ -130,7 +133,7 @@ def flat(loop: InnerLoop, params: Params, query: Query, weights: StepWeights | N
         del outputs  # the graph of this step: gone before the next is built
         adjoint = found[: len(inputs)]
         _add(total, found[len(inputs) :])
-        if weights is not None and number > 0 and weights[number - 1]:
+        if weights is not None and number > 0:
             _, more = through_query(state, weights[number - 1])
             adjoint = [a + b for a, b in zip(adjoint, more, strict=True)]
     with torch.enable_grad():

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained
-from raymeta.algorithms.learner import Adapted, Learner, Statistics
+from raymeta.algorithms.learner import Adapted, Learner, Statistics, StepPlan, count_ways
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled
 from raymeta.errors import InputError
-from raymeta.ops.draws import task_keys
 from raymeta.params import Params, model_params
 
 PROTOTYPES = "prototypes"
@@ -33,22 +32,21 @@ class PrototypicalNetworks(Learner):
 
     needs_head = False
 
-    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
-        device, numbers = batch.support_x.device, batch.tasks.tolist()
-        support_keys = task_keys(self.seed, "support", step, numbers, device)
-        query_keys = task_keys(self.seed, "query", step, numbers, device)
+    def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
+        ways = count_ways(batch.support_y)
+        if count_ways(batch.query_y) > ways:
+            raise InputError(
+                f"a query has the label {count_ways(batch.query_y) - 1}, but the support sets have 0 .. {ways - 1} "
+                "alone; expected a support row for every class of a task"
+            )
+        return super().plan(params, batch, step)
 
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
         def query(leaves: Params) -> QueryResult:
             weights = model_params(leaves)
-            support = model.outputs({}, weights, batch.support_x, batch.support_mask, support_keys)
-            centres = prototypes(support, batch.support_y, batch.support_mask)
-            embedded = model.outputs({}, weights, batch.query_x, batch.query_mask, query_keys)
-            ways = centres.shape[1]
-            if int(batch.query_y.max()) >= ways:
-                raise InputError(
-                    f"a query has the label {int(batch.query_y.max())}, but the support sets have 0 .. {ways - 1} "
-                    "alone; expected a support row for every class of a task"
-                )
+            support = model.outputs({}, weights, batch.support_x, batch.support_mask, plan.keys["support"])
+            centres = prototypes(support, batch.support_y, plan.ways, batch.support_mask)
+            embedded = model.outputs({}, weights, batch.query_x, batch.query_mask, plan.keys["query"])
             scores = minus_squared_distances(embedded, centres)
             return QueryResult(
                 self.losses(scores, batch.query_y, batch.query_mask),
@@ -72,7 +70,8 @@ class PrototypicalNetworks(Learner):
         with torch.no_grad(), explained(prepared, weights, support_x[0]):
             embedded = prepared.outputs({}, weights, support_x, support_mask)
             statistics = prepared.support_statistics({}, weights, support_x, support_mask)
-        return Adapted({PROTOTYPES: prototypes(embedded, support_y, support_mask)}, weights, statistics)
+        centres = prototypes(embedded, support_y, count_ways(support_y), support_mask)
+        return Adapted({PROTOTYPES: centres}, weights, statistics)
 
     def predict(
         self,
@@ -88,13 +87,12 @@ class PrototypicalNetworks(Learner):
         return minus_squared_distances(embedded, adapted.fast[PROTOTYPES])
 
 
-def prototypes(embedded: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-    """[T, N, D] the mean embedding of each class, from embedded [T, S, D] and labels [T, S].
+def prototypes(embedded: Tensor, labels: Tensor, ways: int, mask: Tensor | None) -> Tensor:
+    """[T, N, D] the mean embedding of each of N = `ways` classes, from embedded [T, S, D] and labels [T, S].
 
-    N is the largest label of the batch plus one. A class without a counted row gets infinity: no query is near it.
+    A class without a counted row gets infinity: no query is near it.
     """
-    ways = int(labels.max()) + 1
-    member = torch.nn.functional.one_hot(labels, ways).to(embedded.dtype)
+    member = (labels[:, :, None] == torch.arange(ways, device=labels.device)).to(embedded.dtype)
     if mask is not None:
         member = member * mask[:, :, None]
     counts = member.sum(1)[:, :, None]

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from raymeta.algorithms.program import Programs
 from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics, StatedBatchNorm, StatisticsSwitch, state_batch_norms
 from raymeta.ops.draws import KeyedDropout
+from raymeta.ops.task_kernels import TaskKernels
 from raymeta.params import Params
 
 Batching = Literal["vmap", "loop"]
 Precision = Literal["float32", "bfloat16"]
+Kernels = Literal["task", "general"]
 
 
 # Said of a model whose forward pass draws where no key reaches.
@@ -44,13 +47,20 @@ class TaskModel:
     `shared` without. A parameter in neither (one that does not require a gradient) is the module's own.
     """
 
-    def __init__(self, module: nn.Module, batching: Batching = "vmap", precision: Precision = "float32") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        batching: Batching = "vmap",
+        precision: Precision = "float32",
+        kernels: Kernels = "task",
+    ) -> None:
         self.switch = StatisticsSwitch()
         self.module = state_batch_norms(copy.deepcopy(module), self.switch)
-        self.batching, self.precision = batching, precision
+        self.batching, self.precision, self.kernels = batching, precision, kernels
         self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
         # The sets of fast parameters for which no function without a second derivative was found.
         self.differentiable_twice: set[tuple[str, ...]] = set()
+        self.programs = Programs()
         self.recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
 
     def outputs(
@@ -101,7 +111,8 @@ class TaskModel:
         with exact_kernels(self.recurrent):
             if self.batching == "vmap" and any(isinstance(a, Tensor) or a for a in arguments):
                 in_dims = tuple(None if argument is None or argument == {} else 0 for argument in arguments)
-                return vmap(function, in_dims=in_dims, randomness="error")(*arguments)
+                with TaskKernels() if self.kernels == "task" else contextlib.nullcontext():
+                    return vmap(function, in_dims=in_dims, randomness="error")(*arguments)
             tasks = next(len(leaf) for leaf in _leaves(arguments))
             results = [function(*_row(arguments, task)) for task in range(tasks)]
             return _stack(results)
@@ -143,14 +154,19 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
 
 
-# For each module, batching and precision: what the copy was made from, and the copy.
-_prepared: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], tuple[Any, TaskModel]]] = (
+# For each module, batching, precision and choice of kernels: what the copy was made from, and the copy.
+_prepared: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[Any, TaskModel]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def task_model(module: nn.Module, batching: Batching = "vmap", precision: Precision = "float32") -> TaskModel:
-    """The prepared copy of `module`, made once for each batching and precision.
+def task_model(
+    module: nn.Module,
+    batching: Batching = "vmap",
+    precision: Precision = "float32",
+    kernels: Kernels = "task",
+) -> TaskModel:
+    """The prepared copy of `module`, made once for each batching, precision and choice of kernels.
 
     It is made anew when a layer was exchanged, when a buffer or a frozen parameter was written to, and when the module
     moved to another device or dtype. The learned parameters come with each call. A changed plain attribute (the rate
@@ -163,9 +179,10 @@ def task_model(module: nn.Module, batching: Batching = "vmap", precision: Precis
         [(value.data_ptr(), value._version) for value in module.parameters() if not value.requires_grad],
         [(value.device, value.data_ptr(), value._version) for value in module.buffers()],
     )
-    found = known.get((batching, precision))
+    choice = (batching, precision, kernels)
+    found = known.get(choice)
     if found is None or found[0] != made_from:
-        found = known[batching, precision] = (made_from, TaskModel(module, batching, precision))
+        found = known[choice] = (made_from, TaskModel(module, *choice))
     return found[1]
 
 

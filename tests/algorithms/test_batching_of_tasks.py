@@ -95,13 +95,13 @@ def test_every_inner_step_drops_something_else(small: Any) -> None:
     learner = MAML(inner_steps=3)
     model, params, batch = small.problem(learner, "dropout")
     prepared = learner.prepared(model)
-    loop = learner.training_loop(prepared, params, batch, 0)
+    loop = learner.training_loop(prepared, params, batch, learner.plan(params, batch, 0))
     fast = loop.start(params)
     losses = torch.stack([loop.objective(fast, params, number) for number in (0, 1, 2, 0)])  # [4, T]
     assert torch.equal(losses[0], losses[3])
     assert all(len(losses[:3, task].unique()) == 3 for task in range(3))
     # An adaptation outside training drops nothing.
-    calm = learner.inner_loop(prepared, params, batch.support_x, batch.support_y, None, batch.tasks, None, 3)
+    calm = learner.inner_loop(prepared, params, batch.support_x, batch.support_y, None, None, None, 3)
     assert torch.equal(calm.objective(fast, params, 0), calm.objective(fast, params, 1))
 
 

@@ -1,0 +1,128 @@
+"""Recorded programs: the same bits as the computation itself, with other numbers in the same shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raymeta.algorithms import LEARNERS, MAML, Learner
+from raymeta.algorithms.program import RECORD_AFTER, Programs
+from raymeta.episodes import Episodes
+
+SMALL: dict[str, Any] = {
+    "reptile": {"inner_batch": 4},
+    "imaml": {"inner_steps": 4},
+    "multi_task": {"inner_steps": 3, "training_classes": 7, "embedding_size": 4},
+    "maml_plus_plus": {"annealing_steps": 40, "inner_steps": 3},
+}
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    *((name, SMALL.get(name, {}), "conv4") for name in LEARNERS),
+    ("maml", {"memory": "flat", "inner_steps": 3}, "conv4"),
+    ("maml", {"inner_optimizer": "adam", "inner_steps": 2}, "mlp"),
+    ("maml", {"inner_steps": 2, "inner_batch": 4}, "mlp"),
+    ("maml", {"inner_steps": 2}, "transformer"),
+    ("maml", {"inner_steps": 2}, "dropout"),
+    ("maml", {"inner_steps": 2, "kernels": "general"}, "conv4"),
+    ("maml", {"inner_steps": 2, "precision": "bfloat16"}, "conv4"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "kind"), CASES, ids=lambda value: str(value))
+def test_the_recording_has_the_same_bits(small: Any, name: str, settings: dict[str, Any], kind: str) -> None:
+    learner = LEARNERS[name](**settings)
+    model, params, batch = small.problem(learner, kind)
+    model, batch = model.float(), batch.to("cpu", torch.float32)
+    params = {name: value.float() for name, value in params.items()}
+    programs = learner.prepared(model).programs
+    for step in range(RECORD_AFTER + 3):
+        other = varied(batch, step)
+        fresh = learner.prepared(model)
+        plan = learner.plan(params, other, step)
+        wanted = learner.summed_gradient(fresh, params, other.filled(), plan)
+        found = learner.meta_gradient(model, params, other, step)
+        for expected, got in zip(wanted.gradient.values(), split(found.gradient, params), strict=True):
+            assert torch.equal(expected, got), step
+        assert found.metrics["loss"] == float(wanted.loss.double().sum())
+    assert any(programs.recorded.values()), f"nothing was recorded: {programs.recorded}"
+
+
+def varied(batch: Episodes, step: int) -> Episodes:
+    """Other numbers in the same shapes."""
+    query_x = batch.query_x * (1 + 0.1 * step)
+    return replace(batch, support_x=batch.support_x + 0.1 * step, query_x=query_x, tasks=batch.tasks + step)
+
+
+def split(gradient: Tensor, params: dict[str, Tensor]) -> list[Tensor]:
+    pieces = gradient.split([value.numel() for value in params.values()])
+    return [piece.view(value.shape) for piece, value in zip(pieces, params.values(), strict=True)]
+
+
+def test_other_shapes_and_settings_are_other_programs(small: Any) -> None:
+    learner = MAML(inner_rate=0.1)
+    model, params, batch = small.problem(learner, "mlp")
+    programs = learner.prepared(model).programs
+    for _ in range(RECORD_AFTER):
+        learner.meta_gradient(model, params, batch, 0)
+    assert len(programs.recorded) == 1
+    for other in (replace(learner, inner_rate=0.2), replace(learner, inner_steps=2)):
+        reference = replace(other, kernels="general")
+        wanted = reference.meta_gradient(model, params, batch, 0).gradient
+        torch.testing.assert_close(other.meta_gradient(model, params, batch, 0).gradient, wanted)
+    fewer = batch.select(0, 2)
+    alone = replace(learner, kernels="general").meta_gradient(model, params, fewer, 0).gradient
+    torch.testing.assert_close(learner.meta_gradient(model, params, fewer, 0).gradient, alone)
+    assert len(programs.recorded) == 1
+
+
+class Branching(nn.Module):
+    """Python that looks at a value, which no recording holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * (2.0 if float(self.scale) > 0 else 1.0)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is() -> None:
+    programs, calls = Programs(), []
+
+    def function(tensors: list[Tensor]) -> list[Tensor]:
+        calls.append(1)
+        return [tensors[0] * float(tensors[0].sum())]
+
+    for number in range(RECORD_AFTER + 2):
+        (found,) = programs.run("key", function, [torch.full((2,), float(number))])
+        assert torch.equal(found, torch.full((2,), 2.0 * number * number))
+    assert list(programs.recorded.values()) == [None]
+    assert len(calls) == RECORD_AFTER + 3  # one of them the attempt
+
+
+def test_a_model_that_branches_on_its_own_constants_is_recorded(small: Any) -> None:
+    learner: Learner = MAML(inner_rate=0.1)
+    _, _, batch = small.problem(learner, "mlp")
+    model = Branching().double()
+    params = learner.init(model, 0)
+    first = learner.meta_gradient(model, params, batch, 0).gradient
+    for _ in range(RECORD_AFTER + 1):
+        assert torch.equal(learner.meta_gradient(model, params, batch, 0).gradient, first)
+    # A constant that is written to makes the prepared model, and so its programs, anew.
+    with torch.no_grad():
+        model.scale.fill_(-1.0)
+    assert not torch.equal(learner.meta_gradient(model, params, batch, 0).gradient, first)
+
+
+def test_bad_numbers_are_seen_in_a_recording_too(small: Any) -> None:
+    learner = MAML(inner_rate=0.1)
+    model, params, batch = small.problem(learner, "mlp")
+    for _ in range(RECORD_AFTER + 1):
+        assert learner.meta_gradient(model, params, batch, 0).bad_tasks == ()
+    x = batch.query_x.clone()
+    x[1] = torch.nan
+    assert learner.meta_gradient(model, params, replace(batch, query_x=x), 0).bad_tasks == (int(batch.tasks[1]),)
