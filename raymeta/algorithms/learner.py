@@ -153,8 +153,8 @@ class Learner(ABC):
 
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
         """What the numbers of the outer step and of the tasks decide."""
-        numbers, device = batch.tasks.tolist(), batch.support_x.device
-        keys = {purpose: task_keys(self.seed, purpose, step, numbers, device) for purpose in ("support", "query")}
+        device = batch.support_x.device
+        keys = {purpose: task_keys(self.seed, purpose, step, batch.tasks, device) for purpose in ("support", "query")}
         return StepPlan(keys, ways=count_ways(batch.support_y, batch.query_y))
 
     @abstractmethod

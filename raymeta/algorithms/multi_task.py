@@ -78,7 +78,7 @@ class MultiTask(MAML):
         return params
 
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
-        keys = {"joint": task_keys(self.seed, "joint", step, batch.tasks.tolist(), batch.support_x.device)}
+        keys = {"joint": task_keys(self.seed, "joint", step, batch.tasks, batch.support_x.device)}
         return StepPlan(keys)
 
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:

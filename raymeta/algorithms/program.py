@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from raymeta.algorithms.flat_program import shortened
+
 logger = logging.getLogger(__name__)
 
 Function = Callable[[list[Tensor]], list[Tensor]]
@@ -71,19 +73,10 @@ def record(function: Function, tensors: list[Tensor]) -> fx.GraphModule | None:
     started = time.perf_counter()
     try:
         program = make_fx(function)(tensors)
+        shortened(program, tensors)
     except Exception as error:  # whatever a model may do: it ran without being recorded, and will go on so
         logger.info("the computation cannot be recorded and runs as it is: %s", str(error).strip().split("\n")[0])
         return None
-    cleaned(program)
     seconds = time.perf_counter() - started
     logger.debug("recorded %d operations in %.1f s", len(program.graph.nodes), seconds)
     return program
-
-
-def cleaned(program: fx.GraphModule) -> None:
-    """Drops what computes nothing: unused results, and detaching where there is no graph to be detached from."""
-    for node in program.graph.nodes:
-        if node.target == torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-    program.graph.eliminate_dead_code()
-    program.recompile()

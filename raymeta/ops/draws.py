@@ -7,7 +7,7 @@ back, on any worker, and on a CPU and a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -23,10 +23,10 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def task_keys(seed: int, purpose: Key, step: int, tasks: Iterable[int], device: torch.device | str = "cpu") -> Tensor:
-    """[T] int64, the key of each task for this purpose and outer step."""
-    keys = [int.from_bytes(digest(seed, purpose, step, int(task))[:8], "little", signed=True) for task in tasks]
-    return torch.tensor(keys, dtype=torch.int64, device=device)
+def task_keys(seed: int, purpose: Key, step: int, tasks: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """[T] int64, the key of each of the tasks [T] (int64) for this purpose and outer step."""
+    start = int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True)
+    return mix(mix(tasks + 1) + start).to(device)
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:

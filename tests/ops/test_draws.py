@@ -42,10 +42,11 @@ def test_derived_keys_differ_and_wrap() -> None:
 
 
 def test_task_keys() -> None:
-    keys = task_keys(0, "query", 4, [7, 8, 7])
+    keys = task_keys(0, "query", 4, torch.tensor([7, 8, 7]))
     assert keys.dtype == torch.int64
     assert keys[0] == keys[2] != keys[1]
-    others = [task_keys(1, "query", 4, [7]), task_keys(0, "support", 4, [7]), task_keys(0, "query", 5, [7])]
+    seven = torch.tensor([7])
+    others = [task_keys(1, "query", 4, seven), task_keys(0, "support", 4, seven), task_keys(0, "query", 5, seven)]
     assert len({int(keys[0]), *(int(other) for other in others)}) == 4
 
 
@@ -122,7 +123,7 @@ def test_dropout2d_of_three_dimensions_drops_as_torch_does() -> None:
 
 
 def test_one_key_for_each_task_under_vmap() -> None:
-    keys = task_keys(0, "query", 0, range(4))
+    keys = task_keys(0, "query", 0, torch.arange(4))
 
     def drop(x: Tensor, key: Tensor) -> Tensor:
         with KeyedDropout(key):
