@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -176,7 +177,7 @@ def make_model_and_learner(config: Config, description: Mapping[str, Any]) -> tu
     Raises:
         InputError: the model does not fit the tasks.
     """
-    filled = {key: description[key] for key in ("loss", "metric", "training_classes")}
+    filled = {key: description[key] for key in ("loss", "metric", "training_classes", "outputs")}
     learner = make_learner(config.algorithm, {**filled, "seed": config.seed})
     input_shape = tuple(description["input_shape"])
     outputs = description["outputs"] if learner.needs_head else None
@@ -268,8 +269,14 @@ def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner
     """
     like = next(iter(params.values()))
     batch = source.tasks(SPLITS[0], [0]).to(like.device, like.dtype)
+    if learner.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise InputError(
+            "algorithm.compile=True, but there is no C++ compiler (g++, or what CXX names) on this machine; install "
+            "one, or set algorithm.compile=False"
+        )
     try:
-        learner.meta_gradient(model, params, batch, step=0)
+        # Compiled by the workers, for the shape of their chunks: a single task would be compiled for nothing.
+        dataclasses.replace(learner, compile=False).meta_gradient(model, params, batch, step=0)
     except InputError:
         raise
     except Exception as error:  # the user's model may raise anything
@@ -380,6 +387,7 @@ def make_pool(config: Config) -> WorkerPool:
         gpus_per_worker=workers.gpus_per_worker,
         wait_seconds=workers.wait_seconds,
         address=workers.address,
+        aggregation=workers.aggregation,
     )
 
 

@@ -504,6 +504,42 @@ def tune(file: str, overrides: tuple[str, ...], run_dir: str | None, resume: boo
 
 
 @commands.command()
+@click.argument("arguments", nargs=-1, metavar="[RECIPE | FILE.yaml] [section.key=value ...]")
+@click.option("--seconds", default=3.0, show_default=True, help="Time for each candidate.")
+@click.option("--compile", "try_compile", is_flag=True, help="Try algorithm.compile, too: tens of seconds to compile.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def profile(arguments: tuple[str, ...], seconds: float, try_compile: bool, as_json: bool) -> None:
+    """Measure what a chunk of tasks costs here with other settings, and where its time goes."""
+    from raymeta import build, profiling
+    from raymeta.config import DEFAULT_RECIPE, load_config
+    from raymeta.profile_text import table, where
+
+    source, overrides = _source_and_overrides(arguments)
+    config = load_config(source or DEFAULT_RECIPE, overrides)
+    parts = build.check(config)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    section = config.workers
+    workers = 1 if section.backend == "local" else section.count or max(1, cores // section.threads)
+    with Console(stderr=True).status("measuring") as status:
+        found = profiling.profile(
+            parts,
+            build.first_params(config, parts),
+            config.outer.tasks_per_step,
+            config.chunk_tasks,
+            workers,
+            config.workers.threads,
+            seconds,
+            try_compile,
+            lambda candidate: status.update(f"{candidate.settings()}: {1e3 * candidate.chunk_seconds:.1f} ms a chunk"),
+        )
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    Console(width=None if sys.stdout.isatty() else 140).print(table(found))
+    print("\n".join(where(found)))
+
+
+@commands.command()
 def recipes() -> None:
     """List the recipes that ship, one line each."""
     from raymeta.config import recipe_descriptions

@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     | frozenset({"evaluation", "outer_optimizer", "precision", "trainer"}),
     frozenset({"parts", "sections", "config", "build"}),
     # The faces; the command line calls the others.
-    frozenset({"adapted", "progress"}),
+    frozenset({"adapted", "progress", "profiling", "profile_text"}),
     frozenset({"tune", "report"}),
     frozenset({"cli", "__init__", "__main__"}),
 )

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.outer_gradients import OuterGradient
@@ -36,7 +36,7 @@ Statistics = Literal["batch", "support"]
 MiniBatches = list[tuple[Tensor, Tensor | None]]
 
 # Fields that come from the task source and the configuration's other sections.
-FILLED_BY_BUILD = frozenset({"loss", "metric", "seed", "training_classes", "embedding_size"})
+FILLED_BY_BUILD = frozenset({"loss", "metric", "seed", "training_classes", "embedding_size", "outputs"})
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Learner(ABC):
             parameters, losses and sums as they are.
         kernels: "task": known layers run by kernels that know the task dimension (`raymeta.ops.task_kernels`);
             "general": all by vmap's own rules.
+        compile: fuse the recorded computation by `torch.compile` (`raymeta.algorithms.program`): for small models.
         loss, metric: names in `raymeta.metrics`.
         seed: of every draw inside an adaptation.
         training_classes: how many classes the training split has; None where there are none.
@@ -95,6 +96,7 @@ class Learner(ABC):
     batching: Batching = "vmap"
     precision: Precision = "float32"
     kernels: Kernels = "task"
+    compile: bool = False
     loss: str = "cross_entropy"
     metric: str = "accuracy"
     seed: int = 0
@@ -190,24 +192,30 @@ class Learner(ABC):
         """`summed_gradient`, by a recorded program where there is one."""
         plan = self.plan(params, batch, step)
         if not self.recordable or prepared.batching != "vmap":
+            self.require(not self.compile, "compile", "False with batching=loop, or with so many inner steps")
             return self.summed_gradient(prepared, params, batch, plan)
-        tensors, layout = tree_flatten((params, vars(batch), vars(plan)))
-        places = [place for place, value in enumerate(tensors) if isinstance(value, Tensor)]
+        values, layout, places = _flattened(params, batch, plan)
         names = tuple(params)
 
         def function(given: list[Tensor]) -> list[Tensor]:
-            whole = list(tensors)
+            whole = list(values)
             for place, value in zip(places, given, strict=True):
                 whole[place] = value
             own_params, own_batch, own_plan = tree_unflatten(whole, layout)
             found = self.summed_gradient(prepared, own_params, Episodes(**own_batch), StepPlan(**own_plan))
             return [*(found.gradient[name] for name in names), found.loss, found.metric]
 
-        others = tuple(value for value in tensors if not isinstance(value, Tensor))
+        others = tuple(value for value in values if not isinstance(value, Tensor))
         *gradients, loss, metric = prepared.programs.run(
-            (self, str(layout), others), function, [tensors[place] for place in places]
+            (self, str(layout), others), function, [values[place] for place in places], self.compile
         )
         return OuterGradient(dict(zip(names, gradients, strict=True)), loss, metric)
+
+    def recorded_inputs(self, params: Params, batch: Episodes, step: int) -> list[Tensor]:
+        """The tensors that a recording of `meta_gradient` takes, the parameters first."""
+        batch = batch.filled()
+        values, _, places = _flattened(params, batch, self.plan(params, batch, step))
+        return [values[place] for place in places]
 
     @property
     def recordable(self) -> bool:
@@ -240,6 +248,10 @@ class Learner(ABC):
         with torch.no_grad():
             return task_metrics(self.metric, outputs, targets, mask)
 
+    def point(self, outputs: Tensor) -> Tensor:
+        """The predicted targets [..., D] alone, where `outputs` [...] hold more (how sure they are)."""
+        return outputs
+
     def require(self, holds: bool, field: str, expected: str) -> None:
         """Raises InputError for the setting `algorithm.<field>` unless `holds`."""
         if not holds:
@@ -248,6 +260,12 @@ class Learner(ABC):
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _flattened(params: Params, batch: Episodes, plan: StepPlan) -> tuple[list[Any], TreeSpec, list[int]]:
+    """All values in one list, how to put them together again, and which of them are tensors."""
+    values, layout = tree_flatten((params, vars(batch), vars(plan)))
+    return values, layout, [place for place, value in enumerate(values) if isinstance(value, Tensor)]
 
 
 @cache

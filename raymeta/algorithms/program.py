@@ -7,6 +7,10 @@ same kernels on the same operands in the same order. So **its bits are those of 
 not matter when, or whether, a worker records. It frees each tensor after its last use, too.
 
 What cannot be recorded (a model whose Python branches on values, a shape that is seldom seen) runs as it is.
+
+`algorithm.compile` goes one step further: `torch.compile` fuses the recorded list into a few kernels of its own. That
+takes tens of seconds once, pays for small models alone (large ones are in the library's convolutions and products
+anyway), and rounds otherwise, so it is a setting and not a rule.
 """
 
 from __future__ import annotations
@@ -16,20 +20,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from raymeta.algorithms.flat_program import shortened
+from raymeta.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 Function = Callable[[list[Tensor]], list[Tensor]]
+# What names the function, whether it is compiled, the signature of its tensors.
+Key = tuple[Any, bool, Hashable]
 
 # A recording takes as long as 20 to 50 runs of what it records: shapes that come up less often than this are not worth
 # one.
 RECORD_AFTER = 10
+# A computation that takes longer than this gains little from being recorded, and recording it holds every tensor that
+# it makes at once.
+RECORD_BELOW_SECONDS = 1.0
 # The most recordings that are kept for one module; each holds its constants and its code, about a megabyte.
 MOST_PROGRAMS = 8
 
@@ -38,29 +49,55 @@ MOST_PROGRAMS = 8
 class Programs:
     """The programs of one module. `None` stands for what cannot be recorded."""
 
-    seen: Counter[Hashable] = field(default_factory=Counter)
-    recorded: dict[Hashable, fx.GraphModule | None] = field(default_factory=dict)
+    seen: Counter[Key] = field(default_factory=Counter)
+    recorded: dict[Key, Function | None] = field(default_factory=dict)
 
-    def run(self, key: Hashable, function: Function, tensors: list[Tensor]) -> list[Tensor]:
+    def run(self, key: Any, function: Function, tensors: list[Tensor], compiled: bool = False) -> list[Tensor]:
         """What `function` gives for `tensors`.
 
         Args:
             key: names all that the function does beside its tensors. Their shapes, strides and types are added here.
             function: of tensors alone: whatever else it reads must be the same for the same key.
+            compiled: by `torch.compile`, from the first call on.
+
+        Raises:
+            InputError: it cannot be compiled.
         """
-        whole = (key, signature(tensors))
+        whole: Key = (key, compiled, signature(tensors))
+        if compiled and whole not in self.recorded:
+            self.recorded[whole] = self._compiled(function, tensors)
         if whole in self.recorded:
             program = self.recorded[whole]
             if program is None:
                 return function(tensors)
             with torch.no_grad():
-                found: list[Tensor] = program(tensors)
-            return found
+                return program(tensors)
+        started = time.perf_counter()
         result = function(tensors)
         self.seen[whole] += 1
         if self.seen[whole] >= RECORD_AFTER and len(self.recorded) < MOST_PROGRAMS:
-            self.recorded[whole] = record(function, tensors)
+            short = time.perf_counter() - started < RECORD_BELOW_SECONDS
+            self.recorded[whole] = record(function, tensors) if short else None
         return result
+
+    def _compiled(self, function: Function, tensors: list[Tensor]) -> Function:
+        if len(self.recorded) >= MOST_PROGRAMS:
+            raise InputError(
+                f"algorithm.compile=True, but the tasks come in more than {MOST_PROGRAMS} shapes, each of which would "
+                "be compiled; set algorithm.compile=False, or give the tasks like shapes"
+            )
+        try:
+            recording = make_fx(function)(tensors)
+            program: Function = torch.compile(recording, fullgraph=True, dynamic=False)
+            with torch.no_grad():
+                program(tensors)  # this is where it is compiled
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"algorithm.compile=True, but torch.compile fails ({type(error).__name__}: {first}); it needs a C++ "
+                "compiler, and a model without branches on values. Set algorithm.compile=False"
+            ) from error
+        return program
 
 
 def signature(tensors: Sequence[Tensor]) -> Hashable:
@@ -68,7 +105,7 @@ def signature(tensors: Sequence[Tensor]) -> Hashable:
     return tuple((value.shape, value.stride(), value.dtype, value.device) for value in tensors)
 
 
-def record(function: Function, tensors: list[Tensor]) -> fx.GraphModule | None:
+def record(function: Function, tensors: list[Tensor]) -> Function | None:
     """`function` as a flat list of operations for tensors like these; None where it cannot be recorded."""
     started = time.perf_counter()
     try:

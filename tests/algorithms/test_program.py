@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from raymeta.algorithms import LEARNERS, MAML, Learner
-from raymeta.algorithms.program import RECORD_AFTER, Programs
+from raymeta.algorithms.program import MOST_PROGRAMS, RECORD_AFTER, Programs
 from raymeta.episodes import Episodes
+from raymeta.errors import InputError
 
 SMALL: dict[str, Any] = {
     "reptile": {"inner_batch": 4},
@@ -126,3 +127,28 @@ def test_bad_numbers_are_seen_in_a_recording_too(small: Any) -> None:
     x = batch.query_x.clone()
     x[1] = torch.nan
     assert learner.meta_gradient(model, params, replace(batch, query_x=x), 0).bad_tasks == (int(batch.tasks[1]),)
+
+
+def test_compiled_it_is_the_same_within_rounding(small: Any) -> None:
+    learner = MAML(inner_rate=0.1)
+    model, params, batch = small.problem(learner, "mlp")
+    compiled = replace(learner, compile=True)
+    for step in range(3):
+        other = varied(batch, step)
+        wanted = learner.meta_gradient(model, params, other, step)
+        found = compiled.meta_gradient(model, params, other, step)
+        torch.testing.assert_close(found.gradient, wanted.gradient, rtol=1e-10, atol=1e-12)
+        assert torch.equal(found.gradient, compiled.meta_gradient(model, params, other, step).gradient)
+    assert len(learner.prepared(model).programs.recorded) == 1
+
+
+def test_what_cannot_be_compiled_says_so() -> None:
+    def function(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensors[0] * float(tensors[0].sum())]
+
+    with pytest.raises(InputError, match=r"algorithm\.compile=False"):
+        Programs().run("key", function, [torch.ones(2)], compiled=True)
+    programs = Programs()
+    programs.recorded = dict.fromkeys((number, False, ()) for number in range(MOST_PROGRAMS))
+    with pytest.raises(InputError, match="more than 8 shapes"):
+        programs.run("key", lambda tensors: tensors, [torch.ones(2)], compiled=True)

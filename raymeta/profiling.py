@@ -1,0 +1,244 @@
+"""`raymeta profile`: what a chunk costs on this machine with other settings, and where its time goes.
+
+Measured are whole chunks of training tasks through the learner itself, in this process, with the threads of one worker.
+What a step costs is told from that: the chunks of the worker that has the most of them. The driver and the way to the
+workers come on top (README: a few milliseconds).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from raymeta.algorithms import Learner
+from raymeta.algorithms.gradient_learner import GradientLearner
+from raymeta.algorithms.program import RECORD_AFTER, signature
+from raymeta.params import Params
+from raymeta.workers.reduction import chunk_count
+from raymeta.workers.worker import WorkerParts, keep_freed_memory
+
+# Of a recorded chunk, to time its operations one by one.
+RUNS = 5
+# Rows of the list of where the time goes, by a part of the operation's name.
+KINDS = (
+    ("convolution", ("convolution", "conv2d")),
+    ("normalisation", ("batch_norm", "layer_norm", "group_norm")),
+    ("matrix products", ("bmm", "mm.default", "addmm", "baddbmm", "matmul", "built-in method mm")),
+    ("pooling", ("pool",)),
+    ("copies", ("clone", "copy", "cat", "empty", "zeros", "ones", "stack", "arange")),
+    ("views", ("as_strided", "getitem", "view", "permute", "expand", "detach")),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings of the `algorithm` section, measured.
+
+    Attributes:
+        chunk_seconds: the median time of one chunk.
+        tasks_per_second: of one worker.
+        step_seconds: of the worker that has the most chunks of a step.
+    """
+
+    chunk_tasks: int
+    kernels: str
+    precision: str
+    memory: str
+    compile: bool
+    chunk_seconds: float
+    tasks_per_second: float
+    step_seconds: float
+
+    def settings(self) -> str:
+        """As arguments of the command line."""
+        names = ("chunk_tasks", "kernels", "precision", "memory", "compile")
+        return " ".join(f"algorithm.{name}={getattr(self, name)}" for name in names if getattr(self, name) != "-")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` found. `shares`: of the time of the fastest candidate in float32, by kind of operation."""
+
+    tasks_per_step: int
+    workers: int
+    threads: int
+    candidates: tuple[Candidate, ...]
+    best: Candidate
+    shares: dict[str, float]
+    gigaflops: float | None
+    matmul_gigaflops: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def profile(
+    parts: WorkerParts,
+    params: Params,
+    tasks_per_step: int,
+    chunk_tasks: int | None,
+    workers: int,
+    threads: int,
+    seconds: float = 3.0,
+    try_compile: bool = False,
+    told: Callable[[Candidate], None] = lambda candidate: None,
+) -> Profile:
+    """Measures candidates, one after the other.
+
+    Args:
+        chunk_tasks: that of the configuration; None: the rule's.
+        workers: how many share a step.
+        seconds: for each candidate, at least five chunks.
+        try_compile: also `algorithm.compile`, which takes tens of seconds to compile.
+        told: called with each candidate when it is measured.
+    """
+    keep_freed_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        device = next(parts.model.parameters()).device.type
+        tried: dict[Candidate, Learner] = {}
+
+        def measured(learner: Learner, size: int) -> Candidate:
+            chunk_seconds = _chunk_seconds(parts, learner, params, size, seconds)
+            most = math.ceil(chunk_count(tasks_per_step, size, device) / workers)
+            found = Candidate(
+                chunk_tasks=size,
+                kernels=learner.kernels,
+                precision=learner.precision,
+                memory=learner.memory if isinstance(learner, GradientLearner) else "-",
+                compile=learner.compile,
+                chunk_seconds=chunk_seconds,
+                tasks_per_second=size / chunk_seconds,
+                step_seconds=most * chunk_seconds,
+            )
+            told(found)
+            tried[found] = replace(learner, compile=False)
+            return found
+
+        learner = parts.learner
+        assert isinstance(learner, Learner)
+        found = [measured(learner, size) for size in _sizes(tasks_per_step, chunk_tasks, workers, device)]
+        size = min(found, key=lambda candidate: candidate.step_seconds).chunk_tasks
+        variants = list(_variants(learner, try_compile))
+        found += [measured(variant, size) for variant in variants]
+        exact = [candidate for candidate in found if candidate.precision == learner.precision]
+        best = min(exact, key=lambda candidate: candidate.step_seconds)
+        shares, gigaflops = _where(parts, tried[best], params, best)
+        return Profile(
+            tasks_per_step, workers, threads, tuple(found), best, shares, gigaflops, _matmul_gigaflops(device)
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sizes(tasks: int, chunk_tasks: int | None, workers: int, device: str) -> list[int]:
+    """Chunk sizes worth a try: the configuration's own, powers of two, and what gives each worker one chunk."""
+    rule = math.ceil(tasks / chunk_count(tasks, chunk_tasks, device))
+    powers = [2**power for power in range(8) if 2**power <= tasks]
+    return sorted({rule, math.ceil(tasks / workers), *powers})
+
+
+def _variants(learner: Learner, try_compile: bool) -> Iterator[Learner]:
+    """The learner with one setting changed."""
+    yield replace(learner, kernels="general" if learner.kernels == "task" else "task")
+    if isinstance(learner, GradientLearner) and learner.outer_gradient == "exact" and learner.inner_steps > 1:
+        unrolled = learner.memory == "unrolled" or (learner.memory == "auto" and learner.inner_steps <= 5)
+        yield replace(learner, memory="flat" if unrolled else "unrolled")
+    yield replace(learner, precision="float32" if learner.precision == "bfloat16" else "bfloat16")
+    if try_compile and not learner.compile:
+        yield replace(learner, compile=True)
+
+
+def _chunk_seconds(parts: WorkerParts, learner: Learner, params: Params, size: int, seconds: float) -> float:
+    like = next(iter(params.values()))
+    batch = parts.source.tasks("train", range(size)).to(like.device, like.dtype)
+
+    def once() -> float:
+        started = time.perf_counter()
+        learner.meta_gradient(parts.model, params, batch, 0)  # ends with a look at its values: the device is done
+        return time.perf_counter() - started
+
+    for _ in range(RECORD_AFTER + 1):
+        if once() > seconds:  # too long to be recorded
+            break
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - started < seconds and len(times) < 200):
+        times.append(once())
+    return median(times)
+
+
+def _where(
+    parts: WorkerParts, learner: Learner, params: Params, best: Candidate
+) -> tuple[dict[str, float], float | None]:
+    """Shares of the time by kind of operation, and the GFLOP/s of products and convolutions over the whole chunk."""
+    programs = learner.prepared(parts.model).programs.recorded
+    like = next(iter(params.values()))
+    batch = parts.source.tasks("train", range(best.chunk_tasks)).to(like.device, like.dtype)
+    tensors = learner.recorded_inputs(params, batch, 0)
+    fitting = (
+        program
+        for (key, compiled, shapes), program in programs.items()
+        if key[0] == learner and not compiled and shapes == signature(tensors)
+    )
+    program = next(fitting, None)
+    if not isinstance(program, fx.GraphModule):
+        return {}, None
+    timed = _Timed(program)
+    with torch.no_grad():
+        for _ in range(RUNS):
+            timed.run(tensors)
+    total = sum(timed.seconds.values())
+    ordered = sorted(timed.seconds.items(), key=lambda item: -item[1])
+    return {kind: value / total for kind, value in ordered}, timed.flops / RUNS / best.chunk_seconds / 1e9
+
+
+class _Timed(fx.Interpreter):
+    """Runs a program and adds up the seconds of its operations by kind, and the arithmetic of its products."""
+
+    def __init__(self, program: fx.GraphModule) -> None:
+        super().__init__(program)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.flops = 0.0
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        started = time.perf_counter()
+        result = super().call_function(target, args, kwargs)
+        name = str(target)
+        kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "elementwise and sums")
+        self.seconds[kind] += time.perf_counter() - started
+        self.flops += _flops(name, args, result)
+        return result
+
+
+def _flops(name: str, args: tuple[Any, ...], result: Any) -> float:
+    """Multiplications and additions of one product or convolution; 0 for all else."""
+    if "convolution_backward" in name:
+        gradient, weight, wanted = args[0], args[2], args[10]
+        return 2.0 * gradient.numel() * weight[0].numel() * (wanted[0] + wanted[1])
+    if "convolution" in name:
+        return 2.0 * result.numel() * args[1][0].numel()
+    if any(word in name for word in ("bmm", "mm.default", "method mm")) and isinstance(args[0], Tensor):
+        return 2.0 * result.numel() * args[0].shape[-1]
+    return 0.0
+
+
+def _matmul_gigaflops(device: str) -> float:
+    """What the machine's own product of two float32 matrices of 1024 x 1024 reaches with these threads."""
+    a = torch.randn(1024, 1024, device=device)
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        (a @ a).sum().item()
+        times.append(time.perf_counter() - started)
+    return float(2 * 1024**3 / min(times) / 1e9)

@@ -1,0 +1,60 @@
+"""`raymeta profile`: real chunks of a small problem, and the sums that the table makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from raymeta import build, cli
+from raymeta.config import load_config
+from raymeta.profile_text import where
+from raymeta.profiling import Candidate, profile
+
+SMALL = """
+tasks: {name: sinusoid, shots: 3, queries: 4}
+model: {name: mlp, hidden: [8]}
+algorithm: {name: maml, inner_steps: 2, inner_rate: 0.01}
+outer: {tasks_per_step: 6}
+workers: {backend: local}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Any) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def test_every_candidate_is_measured_and_the_fastest_is_the_best(place: str) -> None:
+    config = load_config(place, [])
+    parts = build.check(config)
+    told: list[Candidate] = []
+    threads = torch.get_num_threads()
+    found = profile(parts, build.first_params(config, parts), 6, None, 2, 1, seconds=0.05, told=told.append)
+    assert torch.get_num_threads() == threads
+    assert tuple(told) == found.candidates
+    assert {candidate.chunk_tasks for candidate in told} == {1, 2, 3, 4}
+    assert {candidate.kernels for candidate in told} == {"task", "general"}
+    assert {candidate.memory for candidate in told} == {"auto", "flat"}
+    for candidate in told:
+        chunks = math.ceil(6 / candidate.chunk_tasks)
+        assert candidate.step_seconds == pytest.approx(math.ceil(chunks / 2) * candidate.chunk_seconds)
+        assert candidate.tasks_per_second == pytest.approx(candidate.chunk_tasks / candidate.chunk_seconds)
+    exact = [candidate for candidate in told if candidate.precision == "float32"]
+    assert found.best == min(exact, key=lambda candidate: candidate.step_seconds)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert found.gigaflops is not None
+    assert 0 < found.gigaflops < found.matmul_gigaflops
+    assert found.best.settings() in where(found)[-2]
+
+
+def test_the_command_prints_one_json_object(capsys: Any, place: str) -> None:
+    assert cli.run(["profile", place, "--seconds", "0.05", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["workers"] == 1
+    assert found["best"] in found["candidates"]
