@@ -1,7 +1,7 @@
 """Makes a recorded list of operations shorter and its calls cheaper, without touching a bit of what it computes.
 
-- A chain of views (reshape, permute, expand, ...) is one `as_strided` of the tensor that holds the memory, and a view
-  that another one equals, or that is its own base, is that one.
+- A chain of views (reshape, permute, expand, ...) is one `as_strided` of the tensor that holds the memory, where it
+  begins with it, and a view that another one equals, or that is its own base, is that one.
 - An operation is called by the shortest way into the same kernel: `torch.mul` is parsed in a third of the time of
   `torch.ops.aten.mul.Tensor`.
 - What nobody uses is dropped.
@@ -95,18 +95,25 @@ def _join_views(graph: fx.Graph, layouts: dict[fx.Node, Layout]) -> None:
         is_view = node.target in _VIEWS and isinstance(first, fx.Node) and first in layouts
         if not is_view:
             base[node] = node
-            known.setdefault((node, layouts[node]), node)
+            size, stride, _ = layouts[node]
+            known.setdefault((node, (size, stride, 0)), node)
             continue
         assert isinstance(first, fx.Node)
         owner = base[first]
         base[node] = owner
-        same = known.get((owner, layouts[node]))
+        size, stride, offset = layouts[node]
+        # Where an input begins in its memory may differ from call to call: nothing here may name a place in it.
+        relative = (size, stride, offset - layouts[owner][2])
+        same = known.get((owner, relative))
         if same is not None:
             node.replace_all_uses_with(same)
             continue
+        if relative[2]:
+            known[owner, relative] = node
+            continue
         with graph.inserting_before(node):
-            view = graph.call_function(torch.as_strided, (owner, *layouts[node]))
+            view = graph.call_function(torch.as_strided, (owner, size, stride))
         base[view] = owner
         layouts[view] = layouts[node]
-        known[owner, layouts[node]] = view
+        known[owner, relative] = view
         node.replace_all_uses_with(view)

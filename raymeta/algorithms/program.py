@@ -38,8 +38,7 @@ Key = tuple[Any, bool, Hashable]
 # A recording takes as long as 20 to 50 runs of what it records: shapes that come up less often than this are not worth
 # one.
 RECORD_AFTER = 10
-# A computation that takes longer than this gains little from being recorded, and recording it holds every tensor that
-# it makes at once.
+# A computation that takes longer than this gains little from being recorded.
 RECORD_BELOW_SECONDS = 1.0
 # The most recordings that are kept for one module; each holds its constants and its code, about a megabyte.
 MOST_PROGRAMS = 8
@@ -77,7 +76,7 @@ class Programs:
         self.seen[whole] += 1
         if self.seen[whole] >= RECORD_AFTER and len(self.recorded) < MOST_PROGRAMS:
             short = time.perf_counter() - started < RECORD_BELOW_SECONDS
-            self.recorded[whole] = record(function, tensors) if short else None
+            self.recorded[whole] = record(function, tensors, result) if short else None
         return result
 
     def _compiled(self, function: Function, tensors: list[Tensor]) -> Function:
@@ -105,14 +104,25 @@ def signature(tensors: Sequence[Tensor]) -> Hashable:
     return tuple((value.shape, value.stride(), value.dtype, value.device) for value in tensors)
 
 
-def record(function: Function, tensors: list[Tensor]) -> Function | None:
-    """`function` as a flat list of operations for tensors like these; None where it cannot be recorded."""
+def record(function: Function, tensors: list[Tensor], expected: list[Tensor]) -> Function | None:
+    """`function` as a flat list of operations for tensors like these; None where it cannot be recorded.
+
+    Args:
+        expected: what the function gave for `tensors`: the recording must give the same bits.
+    """
     started = time.perf_counter()
     try:
-        program = make_fx(function)(tensors)
+        # "fake": the shapes and strides alone are computed, so that recording needs no memory for the tensors.
+        program = make_fx(function, tracing_mode="fake")(tensors)
         shortened(program, tensors)
+        with torch.no_grad():
+            found = program(tensors)
     except Exception as error:  # whatever a model may do: it ran without being recorded, and will go on so
         logger.info("the computation cannot be recorded and runs as it is: %s", str(error).strip().split("\n")[0])
+        return None
+    if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+        # A model with a state of its own, or a kernel that chooses by something else than shapes (or a nan).
+        logger.info("the recorded computation gives other bits and is not used")
         return None
     seconds = time.perf_counter() - started
     logger.debug("recorded %d operations in %.1f s", len(program.graph.nodes), seconds)

@@ -57,3 +57,20 @@ def test_the_same_bits_from_fewer_operations(function: Callable[[Tensor], Tensor
     assert len(program.graph.nodes) <= before
     if function is chain:
         assert not [node for node in program.graph.nodes if "permute" in str(node.target)]
+
+
+def parts(x: Tensor) -> Tensor:
+    """Views that begin within what they are views of."""
+    head, tail = x.split(1)
+    picked = x.select(0, 1).unsqueeze(0).transpose(0, 2).transpose(0, 2)
+    return head.view(-1)[1:].sum() + (tail.permute(0, 2, 1).permute(0, 2, 1) * picked) + x[:, 1:].reshape(2, 1, -1)
+
+
+def test_inputs_may_begin_anywhere_in_their_memory() -> None:
+    torch.manual_seed(0)
+    memory = torch.randn(100)
+    program = make_fx(lambda tensors: [parts(tensors[0])])([memory[:16].view(2, 2, 4)])
+    shortened(program, [memory[:16].view(2, 2, 4)])
+    for start in (0, 3, 50):
+        x = memory[start : start + 16].view(2, 2, 4)
+        assert torch.equal(program([x])[0], parts(x)), start

@@ -152,3 +152,29 @@ def test_what_cannot_be_compiled_says_so() -> None:
     programs.recorded = dict.fromkeys((number, False, ()) for number in range(MOST_PROGRAMS))
     with pytest.raises(InputError, match="more than 8 shapes"):
         programs.run("key", lambda tensors: tensors, [torch.ones(2)], compiled=True)
+
+
+def test_a_recording_with_other_bits_is_not_used() -> None:
+    """Something that remembers: the recording holds what it was when it was made."""
+    calls: list[int] = []
+
+    def function(tensors: list[Tensor]) -> list[Tensor]:
+        calls.append(1)
+        return [tensors[0] * len(calls)]
+
+    programs = Programs()
+    for number in range(1, RECORD_AFTER + 1):
+        assert programs.run("key", function, [torch.ones(2)])[0][0] == number
+    assert list(programs.recorded.values()) == [None]
+
+
+def test_a_batch_may_be_a_view_of_another(small: Any) -> None:
+    learner = MAML(inner_rate=0.1, inner_steps=2)
+    model, params, batch = small.problem(learner, "conv4", tasks=6)
+    plain = replace(learner, kernels="general")
+    for _ in range(RECORD_AFTER + 1):
+        learner.meta_gradient(model, params, batch.select(0, 3), 0)
+    assert all(learner.prepared(model).programs.recorded.values())
+    wanted = plain.meta_gradient(model, params, batch.select(3, 6), 0)
+    found = learner.meta_gradient(model, params, batch.select(3, 6), 0)
+    torch.testing.assert_close(found.gradient, wanted.gradient, rtol=1e-9, atol=1e-12)
