@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.outer_gradients import OuterGradient
-from raymeta.algorithms.task_model import Batching, Kernels, Precision, TaskModel, task_model
+from raymeta.algorithms.task_model import Batching, Kernels, Precision, TaskModel, products, task_model
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient
@@ -83,7 +83,8 @@ class Learner(ABC):
     Attributes:
         batching: "vmap": a chunk of tasks is one batch of tensors; "loop": one task after the other, for models that
             torch.func.vmap cannot map.
-        precision: "float32": as the parameters are; "bfloat16": matrix products in bfloat16 (torch.autocast),
+        precision: "float32": as the parameters are; "tf32": on a GPU, products of float32 numbers rounded to 10 bits
+            (training alone; nothing on a CPU); "bfloat16": matrix products in bfloat16 (torch.autocast),
             parameters, losses and sums as they are.
         kernels: "task": known layers run by kernels that know the task dimension (`raymeta.ops.task_kernels`);
             "general": all by vmap's own rules.
@@ -174,7 +175,7 @@ class Learner(ABC):
             InputError: the model cannot be mapped over tasks, or has a layer without a second derivative.
         """
         prepared, batch = self.prepared(model), batch.filled()
-        with explained(prepared, model_params(params), batch.support_x[0]):
+        with products(self.precision), explained(prepared, model_params(params), batch.support_x[0]):
             result = self._computed(prepared, params, batch, step)
         gradient = ParameterLayout.of(params).flatten(result.gradient)
         bad: tuple[int, ...] = ()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from raymeta.algorithms.cuda_graph import captured
 from raymeta.algorithms.flat_program import shortened
 from raymeta.errors import InputError
 
@@ -126,4 +127,4 @@ def record(function: Function, tensors: list[Tensor], expected: list[Tensor]) ->
         return None
     seconds = time.perf_counter() - started
     logger.debug("recorded %d operations in %.1f s", len(program.graph.nodes), seconds)
-    return program
+    return captured(program, tensors) if tensors[0].is_cuda else program

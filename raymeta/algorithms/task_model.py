@@ -28,7 +28,7 @@ from raymeta.ops.task_kernels import TaskKernels
 from raymeta.params import Params
 
 Batching = Literal["vmap", "loop"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Kernels = Literal["task", "general"]
 
 
@@ -136,7 +136,7 @@ class TaskModel:
         return {name: value.clone() for name, value in self.module.named_buffers()}
 
     def _forward(self, params: Params, x: Tensor) -> Tensor:
-        if self.precision == "float32":
+        if self.precision != "bfloat16":
             return functional_call(self.module, params, (x,))
         # The cache of cast weights would keep a weight of one task or inner step for the next.
         with torch.autocast(x.device.type, dtype=torch.bfloat16, cache_enabled=False):
@@ -184,6 +184,22 @@ def task_model(
     if found is None or found[0] != made_from:
         found = known[choice] = (made_from, TaskModel(module, *choice))
     return found[1]
+
+
+@contextlib.contextmanager
+def products(precision: Precision) -> Iterator[None]:
+    """Whether a GPU's products and convolutions of float32 tensors may round their inputs to TF32: with "tf32" alone.
+    (torch lets convolutions do so by default.) On a CPU nothing changes."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager
