@@ -1,0 +1,40 @@
+"""`python -m benchmarks.accuracy [--rows NAME ...] [--output FOLDER] [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.accuracy.rows import rows
+from benchmarks.accuracy.run import row
+from benchmarks.accuracy.table import tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    parser.add_argument("--rows", nargs="*", default=[], help="recipes; default: all of Omniglot 5-way, of sinusoids")
+    parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="where the runs lie")
+    parser.add_argument("--table", type=Path, help="where the Markdown goes; default: OUTPUT/RESULTS.md")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, for every row")
+    given = parser.parse_intermixed_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    machine = (
+        f"Machine: {os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__}."
+    )
+    found = []
+    for name in rows(given.rows):
+        print(f"row {name}", file=sys.stderr, flush=True)
+        found.append(row(name, given.output, given.overrides))
+        # Written after each row: what is there is there.
+        (given.table or given.output / "RESULTS.md").write_text(tables(found, machine))
+    print(tables(found, machine))
+
+
+if __name__ == "__main__":
+    main()

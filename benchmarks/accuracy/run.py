@@ -1,0 +1,87 @@
+"""One row: train a recipe by the command line (or go on with it), and read what its test gave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.rows import SINUSOID, SINUSOID_SHOTS
+from raymeta.config import load_config
+
+
+def row(recipe: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """What the recipe reaches; from the folder where it is known already.
+
+    Returns:
+        The command, seconds of training (the sum over all starts), outer steps, and the test records.
+    """
+    place = folder / recipe
+    known = place / "row.json"
+    state = _state(recipe, overrides)
+    if known.is_file():
+        found: dict[str, Any] = json.loads(known.read_text())
+        if found["state"] == state:
+            return found
+    clock = folder / f"{recipe}.seconds.json"
+    before = json.loads(clock.read_text()) if clock.is_file() else {"state": state, "seconds": 0.0}
+    if before["state"] != state and place.exists():
+        raise SystemExit(f"{place} holds a run with other settings of {recipe}: move it away, or take another --output")
+    started = time.perf_counter()
+    command = ["train", recipe, *overrides]
+    try:
+        _raymeta([*command, "--run-dir", str(place), "--resume"])
+    finally:
+        before["seconds"] += time.perf_counter() - started
+        clock.write_text(json.dumps(before))
+    test = _last_test(place)
+    found = {
+        "state": state,
+        "recipe": recipe,
+        "command": "raymeta " + " ".join(command),
+        "seconds": before["seconds"],
+        "steps": load_config(recipe, overrides).outer.steps,
+        "test": test,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if recipe.startswith(SINUSOID):
+        found["shots"] = {str(shots): _evaluated(place, shots) for shots in SINUSOID_SHOTS}
+    known.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def _state(recipe: str, overrides: list[str]) -> str:
+    """A hash of the whole configuration: a row is known for it alone."""
+    resolved = json.dumps(load_config(recipe, overrides).resolved(), sort_keys=True)
+    return hashlib.sha256(resolved.encode()).hexdigest()[:16]
+
+
+def _last_test(place: Path) -> dict[str, Any]:
+    records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    tests: list[dict[str, Any]] = [record for record in records if record.get("kind") == "test"]
+    if not tests:
+        raise SystemExit(f"{place}/metrics.jsonl has no test record; the training ended before its test")
+    return tests[-1]
+
+
+def _evaluated(place: Path, shots: int) -> dict[str, Any]:
+    answer = _raymeta(["evaluate", str(place), f"evaluation.shots={shots}", "--json"], capture=True)
+    found: dict[str, Any] = json.loads(answer)
+    return found
+
+
+def _raymeta(arguments: list[str], capture: bool = False) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "raymeta", *arguments],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE if capture else None,
+    )
+    return done.stdout or ""

@@ -1,0 +1,52 @@
+"""The rows as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.accuracy.rows import OMNIGLOT, PAPERS, SINUSOID, SINUSOID_PAPERS, SINUSOID_SHOTS
+
+
+def tables(found: list[dict[str, Any]], machine: str) -> str:
+    """Both tables, what they stand for, and the machine."""
+    classification = [row for row in found if row["recipe"].startswith(OMNIGLOT)]
+    regression = [row for row in found if row["recipe"].startswith(SINUSOID)]
+    lines = [
+        "# What each learner reaches",
+        "",
+        f"`python -m benchmarks.accuracy`, one row after the other. {machine}",
+        "",
+        "Omniglot, 5-way 1-shot, Vinyals split by character, 1,000 test tasks with 15 queries a class, mean and 95 %",
+        "interval, the checkpoint chosen on validation, seed 0. Transductive: batch norms see the queries together;",
+        "inductive: they use the support set's statistics. The papers' figures are their authors' own settings.",
+        "",
+        "| `raymeta train` | outer steps | minutes | inner steps at test | transductive % | inductive % | paper % |",
+        "|---|---|---|---|---|---|---|",
+        *(_classification(row) for row in sorted(classification, key=lambda row: -row["test"]["batch"]["mean"])),
+        "",
+        "Sinusoids, trained with 10 shots, 1,000 test tasks, mean squared error at 5, 10 and 20 shots.",
+        "",
+        "| `raymeta train` | outer steps | minutes | 5 shots | 10 shots | 20 shots | paper |",
+        "|---|---|---|---|---|---|---|",
+        *(_regression(row) for row in sorted(regression, key=lambda row: row["shots"]["10"]["mean"])),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _classification(row: dict[str, Any]) -> str:
+    name, test = row["recipe"], row["test"]
+    figure, source = PAPERS.get(name.removeprefix(OMNIGLOT), ("", ""))
+    paper = f"{figure} ({source})" if figure else ""
+    steps = test["batch"]["inner_steps"] or "none"
+    values = [f"{100 * test[kind]['mean']:.2f} ± {100 * test[kind]['ci95']:.2f}" for kind in ("batch", "support")]
+    return (
+        f"| `{name}` | {row['steps']:,} | {row['seconds'] / 60:.1f} | {steps} | {values[0]} | {values[1]} | {paper} |"
+    )
+
+
+def _regression(row: dict[str, Any]) -> str:
+    values = [row["shots"][str(shots)] for shots in SINUSOID_SHOTS]
+    shown = " | ".join(f"{value['mean']:.3f} ± {value['ci95']:.3f}" for value in values)
+    paper = SINUSOID_PAPERS.get(row["recipe"].removeprefix(SINUSOID), "")
+    return f"| `{row['recipe']}` | {row['steps']:,} | {row['seconds'] / 60:.1f} | {shown} | {paper} |"
