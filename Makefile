@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 # More for the commands: make train ARGS="outer.steps=1000 --run-dir runs/mine"
 ARGS ?=
 
-.PHONY: help install train test test-long lint format clean
+.PHONY: help install train test test-long bench lint format clean
 
 help:
 	@echo "make train      install, then meta-train on Omniglot (5-way 1-shot) with local Ray workers: about 5 minutes"
 	@echo "make test       install, then run the tests: under 10 minutes"
 	@echo "make test-long  the tests that take minutes each"
+	@echo "make bench      install raymeta's peers too (0.5 GB), then time them: under 15 minutes; ARGS=--quick: under 2"
 	@echo "make lint       ruff and mypy"
 	@echo "make install    only install, into $(VENV)"
 
@@ -31,6 +32,14 @@ test: install
 
 test-long: install
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+$(VENV)/installed-bench: $(VENV)/installed
+	@echo "installing the benchmark's peers into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

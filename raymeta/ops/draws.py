@@ -7,6 +7,7 @@ back, on any worker, and on a CPU and a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -55,6 +56,21 @@ def keep_mask(key: Tensor, shape: Sequence[int], keep: float) -> Tensor:
     numbers = torch.arange(count, device=key.device, dtype=torch.int64).reshape(tuple(shape))
     bits = _shift_right(mix(key + numbers * _GOLDEN), 11)  # 53 uniform bits
     return bits < int(keep * (1 << 53))
+
+
+def normals(keys: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """[T, *shape] standard normal numbers, those of each task drawn from its key of `keys` [T] alone, in the dtype of
+    `like` (Box and Muller's transform of two hashes).
+
+    The first rows of a longer `shape` are those of a shorter one: a task padded to more rows draws as it does alone.
+    """
+    count = math.prod(shape)
+    numbers = torch.arange(2 * count, device=keys.device, dtype=torch.int64)
+    bits = _shift_right(mix(mix(keys)[:, None] + numbers * _GOLDEN), 11)
+    uniform = ((bits.double() + 0.5) / (1 << 53)).unflatten(1, (count, 2))  # in (0, 1)
+    radius = (-2 * uniform[..., 0].log()).sqrt()
+    made = radius * (2 * math.pi * uniform[..., 1]).cos()
+    return made.to(like.dtype).unflatten(1, tuple(shape))
 
 
 class KeyedDropout(TorchFunctionMode):

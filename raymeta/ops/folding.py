@@ -14,12 +14,12 @@ from torch import channels_last as CHANNELS_LAST
 
 
 def channels_in(x: Tensor, task_dim: int | None, tasks: int) -> Tensor:
-    """[B, T * C, ...] from x [B, C, ...] with T at `task_dim`; a view where the memory is channels last already."""
+    """[B, T * C, ...], dense, from x [B, C, ...] with T at `task_dim`; a view where the memory is so already."""
     x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if task_dim is None else x.movedim(task_dim, 1)
     if x.dim() != 5:
-        return x.flatten(1, 2)
+        return dense(x.flatten(1, 2))
     # Through [B, H, W, T, C], which is how it lies in memory; flattening [B, T, C, H, W] itself would copy.
-    return x.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2)
+    return dense(x.permute(0, 3, 4, 1, 2).flatten(3).permute(0, 3, 1, 2))
 
 
 def channels_out(x: Tensor, tasks: int) -> Tensor:
@@ -28,8 +28,8 @@ def channels_out(x: Tensor, tasks: int) -> Tensor:
 
 
 def rows_in(x: Tensor, task_dim: int) -> Tensor:
-    """[T * B, ...]."""
-    return x.movedim(task_dim, 0).flatten(0, 1)
+    """[T * B, ...], dense."""
+    return dense(x.movedim(task_dim, 0).flatten(0, 1))
 
 
 def rows_out(x: Tensor, tasks: int) -> Tensor:

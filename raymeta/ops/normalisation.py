@@ -1,19 +1,20 @@
 """Batch normalisation by the statistics of the batch at hand, of many tasks at once, with a second derivative.
 
-With n values a channel, xh = (x - mean(x)) * s, s = 1 / sqrt(var(x) + eps) and sums over those values,
+With n values a channel, d = x - mean(x), s = 1 / sqrt(mean(d^2) + eps), and sums over those values,
 
-    y  = w xh + b,
-    gx = w s (g - mean(g) - xh mean(g xh)),   gw = sum(g xh),   gb = sum(g);
+    y  = w s d + b,
+    gx = w s (g - sum(g) / n - d s^2 sum(g d) / n),   gw = s sum(g d),   gb = sum(g);
 
-and for adjoints (v, a, c) of (gx, gw, gb), with u = g (a - w s mean(v xh)) - v (w s mean(g xh)) and
-D = sum(v g) - sum(v) sum(g) / n - sum(v xh) sum(g xh) / n,
+and for adjoints (v, a, c) of (gx, gw, gb), with p(v) = s sum(v d), u = g (a - w s p(v) / n) - v (w s gw / n) and
+D = sum(v g) - sum(v) gb / n - p(v) gw / n,
 
-    to g:  w s (v - mean(v) - xh mean(v xh)) + a xh + c,
+    to g:  gx of v for g, + a s d + c,
     to w:  s D,
-    to x:  s (u - mean(u) - xh mean(u xh)) - w s^2 (D / n) xh.
+    to x:  gx of u for g with w = 1, - (w s^3 D / n) d.
 
-The first terms to g and to x are the first backward again, with v and with u for g: torch's kernel for it, which is
-fast where channels are last in memory, does nearly all the work. torch's own double backward takes ten times as long.
+torch's own kernels are not used: where channels are last in memory, which is where convolutions are fast, they add up
+thousands of float32 numbers one after the other (errors of 1e-2 in a meta-gradient were seen), and their second
+derivative takes ten times as long. `Tensor.sum` adds in a tree.
 
 Under `torch.func.vmap` the task dimension goes beside the channels (as in `raymeta.ops.convolution`).
 
@@ -26,88 +27,117 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from raymeta.ops.folding import channels_in, dense, leading_in
 
 
 def batch_normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """w xh + b for x [B, C, ...], weight and bias [C] or None; under vmap, of each task. Differentiable twice."""
-    result: Tensor = _Normalise.apply(x, weight, bias, eps)[0]
+    """w s d + b for x [B, C, ...], weight and bias [C] or None; under vmap, of each task. Differentiable twice."""
+    result: Tensor = _Normalise.apply(_Centre.apply(x), weight, bias, eps)[0]
     return result
 
 
+class _Centre(torch.autograd.Function):
+    """x - mean(x), whose derivative is left to `_Normalise`: what that sends back has mean 0 already, so that taking
+    the mean off again would change nothing. Together they keep d alone for the way back, and not x."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        x = dense(x)
+        return x - _columns(_total(x) / _count(x), x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        return _Centre.apply(channels_in(x, in_dims[0], info.batch_size)).unflatten(1, (info.batch_size, -1)), 1
+
+
 class _Normalise(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.aten.native_batch_norm(dense(x), weight, bias, None, None, True, 0.0, eps)
+    """(y, s) from d."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, _, eps = inputs
-        _, mean, scale = output
-        ctx.mark_non_differentiable(mean, scale)
+    def forward(d: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(_total(d * d) / _count(d) + eps)
+        factor = _columns(scale if weight is None else scale * weight, d)
+        return (d * factor if bias is None else torch.addcmul(_columns(bias, d), d, factor)), scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        d, weight, _, _ = inputs
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, mean, scale)
-        ctx.eps = eps
+        ctx.save_for_backward(d, weight, output[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return None, None, None, None
-        x, weight, mean, scale = ctx.saved_tensors
-        found = _NormaliseBackward.apply(gradient, x, weight, mean, scale, ctx.eps)
+        found = _NormaliseBackward.apply(gradient, *ctx.saved_tensors)
         return *(f if needed else None for f, needed in zip(found, ctx.needs_input_grad[:3], strict=True)), None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+        info: Any, in_dims: tuple[int | None, ...], d: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         tasks = info.batch_size
-        x, channels = channels_in(x, in_dims[0], tasks), x.shape[2 if in_dims[0] in (0, 1) else 1]
+        d = channels_in(d, in_dims[0], tasks)
         weight = None if weight is None else leading_in(weight, in_dims[1], tasks)
         bias = None if bias is None else leading_in(bias, in_dims[2], tasks)
-        y, mean, scale = _Normalise.apply(x, weight, bias, eps)
-        shape = (tasks, channels)
-        return (y.unflatten(1, shape), mean.unflatten(0, shape), scale.unflatten(0, shape)), (1, 0, 0)
+        y, scale = _Normalise.apply(d, weight, bias, eps)
+        return (y.unflatten(1, (tasks, -1)), scale.unflatten(0, (tasks, -1))), (1, 0)
 
 
 class _NormaliseBackward(torch.autograd.Function):
     """(gx, gw, gb)."""
 
     @staticmethod
-    def forward(
-        gradient: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _first_backward(dense(gradient), dense(x), weight, mean, scale, eps)
+    def forward(gradient: Tensor, d: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _first_backward(dense(gradient), d, weight, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        gradient, x, weight, mean, scale, eps = inputs
-        _, products, total = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient, x, weight, mean, scale, products, total)
-        ctx.eps = eps
+        ctx.save_for_backward(*inputs, *output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, adjoint: Tensor | None, to_weight: Tensor | None, to_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        gradient, x, weight, mean, scale, products, total = ctx.saved_tensors
-        return (*_second_backward(
-            adjoint, to_weight, to_bias, dense(gradient), dense(x), weight, mean, scale, products, total, ctx.eps
-        ), None, None, None)  # fmt: skip
+        return *_NormaliseSecondBackward.apply(adjoint, to_weight, to_bias, *ctx.saved_tensors), None
 
 
-def _first_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(gx, gw, gb) by torch's kernel."""
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
-        gradient, x, weight, None, None, mean, scale, True, eps, [True, True, True]
-    )
-    return found
+class _NormaliseSecondBackward(torch.autograd.Function):
+    """What the adjoints of (gx, gw, gb) send to g, x and w; the end of the derivatives."""
+
+    @staticmethod
+    def forward(*values: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        return _second_backward(*values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "the batch norm of raymeta.ops.normalisation has no third derivative; set algorithm.kernels=general"
+        )
+
+
+def _first_backward(gradient: Tensor, d: Tensor, weight: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(gx, gw, gb)."""
+    count = _count(d)
+    total, products = _total(gradient), scale * _total(gradient * d)
+    factor = scale if weight is None else scale * weight
+    rest = torch.addcmul(_columns(-factor * total / count, d), d, _columns(-factor * scale * products / count, d))
+    return rest.addcmul_(gradient, _columns(factor, d)), products, total
 
 
 def _second_backward(
@@ -115,41 +145,48 @@ def _second_backward(
     to_weight: Tensor | None,
     to_bias: Tensor | None,
     gradient: Tensor,
-    x: Tensor,
+    d: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
     scale: Tensor,
     products: Tensor,
     total: Tensor,
-    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What the adjoints (v, a, c) of (gx, gw, gb) send to g, to x and to w. See the module; `products` is gw, `total`
     gb of the backward that is differentiated."""
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    count = x.numel() // x.shape[1]
-    zero = torch.zeros_like(mean)
+    gradient, count = dense(gradient), _count(d)
+    zero = torch.zeros_like(scale)
     a = zero if to_weight is None else to_weight
-    c = zero if to_bias is None else to_bias
-
-    def columns(value: Tensor) -> Tensor:
-        return value.reshape(shape)
-
+    factor = scale if weight is None else scale * weight
     if adjoint is None:
-        to_gradient = torch.zeros_like(x)
-        u, difference = gradient * columns(a), zero
+        to_gradient, difference = torch.zeros_like(d), zero
+        u = gradient * _columns(a, d)
     else:
         v = dense(adjoint)
-        to_gradient, v_products, v_total = _first_backward(v, x, weight, mean, scale, eps)
-        difference = (v * gradient).sum((0, *range(2, x.dim()))) - (v_total * total + v_products * products) / count
-        factor = (scale if weight is None else scale * weight) / count
-        u = torch.addcmul(gradient * columns(a - factor * v_products), v, columns(-factor * products))
-    if to_weight is not None or to_bias is not None:
-        # a xh + c, with xh = (x - mean) s
-        to_gradient = to_gradient.addcmul_(x, columns(a * scale)).add_(columns(c - a * scale * mean))
-    to_x = _first_backward(u, x, None, mean, scale, eps)[0]
+        to_gradient, v_products, v_total = _first_backward(v, d, weight, scale)
+        difference = _total(v * gradient) - (v_total * total + v_products * products) / count
+        u = (gradient * _columns(a - factor * v_products / count, d)).addcmul_(
+            v, _columns(-factor * products / count, d)
+        )
+    if to_weight is not None:
+        to_gradient = to_gradient.addcmul_(d, _columns(a * scale, d))
+    if to_bias is not None:
+        to_gradient = to_gradient.add_(_columns(to_bias, d))
+    to_x = _first_backward(u, d, None, scale)[0]
     if adjoint is not None:
-        slope = scale * scale * scale * difference / count
-        if weight is not None:
-            slope = slope * weight
-        to_x = to_x.addcmul_(x, columns(-slope)).add_(columns(slope * mean))
+        to_x = to_x.addcmul_(d, _columns(-factor * scale * scale * difference / count, d))
     return to_gradient, to_x, None if weight is None else scale * difference
+
+
+def _total(x: Tensor) -> Tensor:
+    """[C] the sum over rows and positions."""
+    return x.sum((0, *range(2, x.dim())))
+
+
+def _count(x: Tensor) -> int:
+    """How many values a channel has."""
+    return x.numel() // x.shape[1]
+
+
+def _columns(value: Tensor, like: Tensor) -> Tensor:
+    """[C] as [1, C, 1, ...]."""
+    return value.reshape((1, -1) + (1,) * (like.dim() - 2))

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
-from raymeta.ops.convolution import Geometry, convolution
+from raymeta.ops.convolution import Geometry, Pair, convolution
 from raymeta.ops.normalisation import batch_normalised
+from raymeta.ops.pooling import Window, max_pooled
 from raymeta.ops.rectifier import rectified
 
 
@@ -28,7 +29,7 @@ class TaskKernels(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         lower = _LOWERINGS.get(func)
-        if lower is not None and _only_mapped():
+        if lower is not None and (_only_mapped() or func in _ANYWHERE):
             return lower(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -43,10 +44,11 @@ def _conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    if isinstance(padding, str) or input.dim() != 4 or not _known(input):
+    around = _around(padding, weight, _pair(dilation))
+    if around is None or input.dim() != 4 or weight.dim() != 4 or not _known(input):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
-    if not torch.is_autocast_enabled("cpu"):
+    geometry = Geometry(_pair(stride), around, _pair(dilation), groups)
+    if not torch.is_autocast_enabled("cpu") or input.dtype == torch.float64:  # which autocast leaves alone
         return convolution(input, weight, bias, geometry)
     # The product alone in low precision: what follows (bias, statistics) is summed up in the inputs' own.
     low = torch.get_autocast_dtype("cpu")
@@ -60,32 +62,75 @@ def _batch_norm(
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
     unlike = any(value is not None and value.dtype != input.dtype for value in (weight, bias))
-    if not training or running_mean is not None or unlike or not _known(input):
+    refused = input.dim() < 2 or input.numel() == input.shape[1]  # one value for each channel has no variance
+    if not training or running_mean is not None or unlike or refused or not _known(input):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return batch_normalised(input, weight, bias, eps)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return rectified(input)
+    # In place it must be: what else reads that memory (a shortcut around the block) is to see it rectified.
+    return F.relu(input, inplace) if inplace or not _known(input) else rectified(input)
 
 
-def _view(self: Tensor, *shape: Any) -> Tensor:
+def _max_pool2d(
+    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:  # fmt: skip
+    if return_indices or input.dim() != 4 or not _known(input):
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    size = _pair(kernel_size)
+    window = Window(size, _pair(stride) if stride else size, _pair(padding), _pair(dilation), ceil_mode)
+    return max_pooled(input, window)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # All rows of a task in one product: for further dimensions that do not lie in order, such as those of attention,
+    # vmap's rule multiplies each place by a copy of the weight of its own, and adds up as many gradients of it.
+    if input.dim() < 3:
+        return F.linear(input, weight, bias)
+    return F.linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+
+
+def _view(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # The user wrote `view` for torch's usual layout, in which it would have held.
+    shape = args or tuple(kwargs.values())
     return self.view(*shape) if isinstance(shape[0], torch.dtype) else self.reshape(*shape)
+
+
+def _view_as(self: Tensor, other: Tensor) -> Tensor:
+    return self.reshape(other.shape)
+
+
+def _around(padding: Any, weight: Tensor, dilation: Pair) -> Pair | None:
+    """The padding in numbers; None where "same" needs more on one side than on the other."""
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        return _pair(padding)
+    across, along = (d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=False))
+    return None if across % 2 or along % 2 else (across // 2, along // 2)
 
 
 def _known(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.is_floating_point()
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def _pair(value: int | tuple[int, ...]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _conv2d,
+    F.linear: _linear,
     F.batch_norm: _batch_norm,
     F.relu: _relu,
     torch.relu: _relu,
+    Tensor.relu: _relu,
+    F.max_pool2d: _max_pool2d,
+    torch.max_pool2d: _max_pool2d,
     Tensor.view: _view,
+    Tensor.view_as: _view_as,
 }
+# Inside the user's own transformations too: what a kernel made may come in there.
+_ANYWHERE = frozenset({Tensor.view, Tensor.view_as})

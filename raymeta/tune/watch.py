@@ -88,12 +88,27 @@ def error_line(error: BaseException | None) -> str:
     return lines[-1].strip() if any(line.startswith("Traceback") for line in lines) else lines[0].strip()
 
 
+class SecondSignal(KeyboardInterrupt):
+    """A search was stopped at once.
+
+    Attributes:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class Signals:
     """While inside, SIGINT and SIGTERM end the search in order: Ray Tune writes its state, and `fit` returns. A second
     one is not waited for.
 
     Attributes:
         number: the signal that came; None: none.
+
+    Raises:
+        SecondSignal: a second one came, or one before Ray Tune listened.
     """
 
     def __init__(self) -> None:
@@ -110,15 +125,17 @@ class Signals:
                 self._before[number] = signal.signal(number, self._end)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt and self.number is not None:
+            raise SecondSignal(self.number) from None
 
     def _end(self, number: int, frame: types.FrameType | None) -> None:
         listening = signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN
         if self.number is not None or not listening:
             self.number = number
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # the one exception that passes through a call of Ray's; its arguments do not
         self.number = number
         say(f"{signal.Signals(number).name}: the search stops here; --resume goes on with it")
         signal.raise_signal(signal.SIGUSR1)

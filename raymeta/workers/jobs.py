@@ -15,7 +15,8 @@ import numpy as np
 
 from raymeta.meta_gradient import MetaGradient, Node
 from raymeta.workers.reduction import Reducer
-from raymeta.workers.worker import Chunk, MapFunction, tensor_view
+from raymeta.workers.shared_memory import Letter, Region, read
+from raymeta.workers.worker import MapFunction, tensor_view
 
 
 class Head(NamedTuple):
@@ -27,17 +28,25 @@ class Head(NamedTuple):
     bad_tasks: tuple[int, ...]
 
 
+def part_of(head: Head, array: np.ndarray, step: int) -> MetaGradient:
+    """The partial sum again; its array is not copied."""
+    return MetaGradient(tensor_view(array), head.tasks, head.metrics, head.bad_tasks, step, head.node)
+
+
 class Job(ABC):
     """Units 0 .. units-1, done in calls of some of them.
 
     Attributes:
         method: the worker's method that does it.
+        held_method: one that leaves the arrays of its result on the worker's node until they are asked for; None:
+            there is none.
         kind: calls of one kind take about the same time per unit.
         what: for messages.
         units_per_call: the most units in one call.
     """
 
     method: str
+    held_method: str | None = None
     kind: str
     what: str
     units: int
@@ -48,8 +57,8 @@ class Job(ABC):
         """What the method takes after the parameters and their version."""
 
     @abstractmethod
-    def accept(self, result: Any) -> None:
-        """Take a call's result; what is done already is ignored."""
+    def accept(self, result: Any, memory: Region | None = None) -> None:
+        """Take a call's result; what is done already is ignored. `memory`: that the worker leaves arrays in."""
 
     @abstractmethod
     def missing(self) -> list[int]:
@@ -59,15 +68,23 @@ class Job(ABC):
     def tasks_of(self, units: Sequence[int]) -> str:
         """The tasks of these units, for messages."""
 
-    def next_batches(self, units: Sequence[int]) -> list[range]:
-        """Batches of training tasks that a worker with these units will probably be asked for next."""
+    def next_batches(self, units: Sequence[int]) -> list[tuple[int, int]]:
+        """Batches of training tasks (first, and the one after the last) that a worker with these units will probably
+        be asked for next.
+        """
         return []
 
 
 class GradientJob(Job):
-    """One step's sum: a unit is a leaf of the tree."""
+    """One step's sum: a unit is a leaf of the tree.
+
+    Attributes:
+        add_seconds: that adding up took, here.
+        received_bytes: of the partial sums that came.
+    """
 
     method = "meta_gradient"
+    held_method = "held_meta_gradient"
     kind = "meta_gradient"
 
     def __init__(self, step: int, indices: range, slices: Sequence[range]) -> None:
@@ -75,6 +92,7 @@ class GradientJob(Job):
         self.what = f"step {step}"
         self.units = self.units_per_call = len(slices)
         self.add_seconds = 0.0
+        self.received_bytes = 0
         self._indices = indices
         self._slices = slices
         self._reducer = Reducer(len(slices), step)
@@ -82,17 +100,22 @@ class GradientJob(Job):
         self._as_received = False
 
     def arguments(self, units: Sequence[int]) -> tuple[Any, ...]:
-        return self.step, [Chunk(unit, self._tasks(unit)) for unit in units], self.units
+        share = [(unit, tasks.start, tasks.stop) for unit, tasks in zip(units, map(self._tasks, units), strict=True)]
+        return self.step, share, self.units
 
     def _tasks(self, unit: int) -> range:
         piece = self._slices[unit]
         return self._indices[piece.start : piece.stop]
 
-    def accept(self, result: tuple[list[Head], list[np.ndarray]]) -> None:
+    def accept(self, result: tuple[list[Head], Letter | list[np.ndarray]], memory: Region | None = None) -> None:
         started = time.perf_counter()
-        for head, array in zip(*result, strict=True):
-            part = MetaGradient(tensor_view(array), head.tasks, head.metrics, head.bad_tasks, self.step, head.node)
-            taken = self._reducer.add(part)
+        heads, arrays = result
+        if isinstance(arrays, Letter):
+            assert memory is not None, "sums in memory that the driver does not share"
+            arrays = read(memory, arrays)
+        for head, array in zip(heads, arrays, strict=True):
+            self.received_bytes += array.nbytes
+            taken = self._reducer.add(part_of(head, array, self.step))
             self._as_received |= taken and head.node == self._whole
         self.add_seconds += time.perf_counter() - started
 
@@ -100,16 +123,16 @@ class GradientJob(Job):
         return self._reducer.missing()
 
     def total(self) -> MetaGradient:
-        """The whole sum, in memory of its own: what was received may be the object store's."""
+        """The whole sum, in memory of its own: what was received is shared with others."""
         total = self._reducer.result()
         return replace(total, gradient=total.gradient.clone()) if self._as_received else total
 
     def tasks_of(self, units: Sequence[int]) -> str:
         return ", ".join(f"{self._tasks(unit).start} to {self._tasks(unit).stop - 1}" for unit in units)
 
-    def next_batches(self, units: Sequence[int]) -> list[range]:
+    def next_batches(self, units: Sequence[int]) -> list[tuple[int, int]]:
         ahead = len(self._indices)
-        return [range(tasks.start + ahead, tasks.stop + ahead) for tasks in map(self._tasks, units)]
+        return [(tasks.start + ahead, tasks.stop + ahead) for tasks in map(self._tasks, units)]
 
 
 class MapJob(Job):
@@ -134,7 +157,7 @@ class MapJob(Job):
     def arguments(self, units: Sequence[int]) -> tuple[Any, ...]:
         return self._function, self._split, [(unit, self._batches[unit]) for unit in units]
 
-    def accept(self, result: list[tuple[int, list[Any]]]) -> None:
+    def accept(self, result: list[tuple[int, list[Any]]], memory: Region | None = None) -> None:
         for unit, values in result:
             self._results.setdefault(unit, values)
 

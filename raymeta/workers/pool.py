@@ -27,7 +27,10 @@ class StepTimings:
         compute_seconds: for each worker (by number), what it computed; a worker without work is not in it.
         gather_seconds: waiting beyond the slowest worker's computing: calls, queues, results on their way.
         add_seconds: finishing the tree in the driver.
-        total_seconds: all of it.
+        total_seconds: all of it: the four parts, with the slowest worker's computing, add up to it. What the trainer's
+            update takes is beside it.
+        node_add_seconds: within `gather_seconds`, adding up on the node where that took longest.
+        received_bytes: of the partial sums that the driver took in, from other nodes or from memory it shares.
     """
 
     broadcast_seconds: float = 0.0
@@ -35,6 +38,8 @@ class StepTimings:
     gather_seconds: float = 0.0
     add_seconds: float = 0.0
     total_seconds: float = 0.0
+    node_add_seconds: float = 0.0
+    received_bytes: int = 0
 
 
 class Abandoned(Exception):
@@ -54,6 +59,12 @@ class WorkerPool(ABC):
     reports: tuple[WorkerReport, ...]
     timings: StepTimings
     abandon: Callable[[], bool] | None = None
+
+    _chunk_tasks: int | None
+
+    def settle_chunks(self, chunk_tasks: int) -> None:
+        """From now on so many tasks, at most, run as one batch: before the first call, or bits change on the way."""
+        self._chunk_tasks = chunk_tasks
 
     @property
     @abstractmethod

@@ -52,16 +52,16 @@ def chunk_slices(tasks: int, chunks: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def assign(chunks: int, workers: int) -> list[range]:
+def assign(chunks: int, workers: int, first: int = 0) -> list[range]:
     """A contiguous share of the leaves for each worker; sizes differ by at most one; workers past the leaves get none.
 
     Where a share may be the longer or the shorter, its end goes to the edge that is a multiple of the larger power of
-    two: the fewer subtrees a share touches, the fewer sums travel.
+    two: the fewer subtrees a share touches, the fewer sums travel. `first`: where the leaves begin in the tree.
     """
     assert chunks >= 0
     assert workers > 0
     short, longer = divmod(chunks, workers)
-    shares, start = [], 0
+    shares, start = [], first
     for left in range(workers, 0, -1):
         shorter = left - longer
         size = short + 1 if longer else short
@@ -69,6 +69,28 @@ def assign(chunks: int, workers: int) -> list[range]:
             size = short
         longer -= size > short
         shares.append(range(start, start + size))
+        start += size
+    return shares
+
+
+def assign_by_node(chunks: int, workers: Sequence[int]) -> list[list[range]]:
+    """For each node, with so many workers, the shares of its workers: as `assign`, the node's own share contiguous.
+
+    A node's share ends at the edge with the largest power of two, so that its sum is few subtrees, however many
+    workers have parts of it.
+    """
+    assert min(workers) > 0
+    short = chunks // sum(workers)
+    if short == 0:  # some have nothing to do: who, is `assign`'s matter
+        flat = iter(assign(chunks, sum(workers)))
+        return [list(itertools.islice(flat, count)) for count in workers]
+    shares, start, rest = [], 0, sum(workers)
+    for count in workers:
+        rest -= count
+        fewest = max(count * short, chunks - start - rest * (short + 1))
+        most = min(count * (short + 1), chunks - start - rest * short)
+        size = max(range(fewest, most + 1), key=lambda size: _alignment(start + size))
+        shares.append(assign(size, count, start))
         start += size
     return shares
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from raymeta.ops.draws import KeyedDropout, derived_key, keep_mask, mix, task_keys
+from raymeta.ops.draws import KeyedDropout, derived_key, keep_mask, mix, normals, task_keys
 
 KEY = torch.tensor(1234567, dtype=torch.int64)
 
@@ -175,3 +175,19 @@ def test_multi_head_attention_draws_by_key(need_weights: bool) -> None:
         attention.dropout = 0.0
         alike = attention(x, x, x, need_weights=need_weights)[0]
     torch.testing.assert_close(alike, attention(x, x, x, need_weights=need_weights)[0])
+
+
+def test_normals_by_key() -> None:
+    keys = torch.tensor([KEY, KEY + 1, 0])
+    like = torch.zeros((), dtype=torch.float64)
+    drawn = normals(keys, (20_000, 2), like)
+    assert drawn.shape == (3, 20_000, 2)
+    assert drawn.dtype == torch.float64
+    assert torch.equal(normals(keys[1:2], (50, 2), like)[0], drawn[1, :50])  # a shorter task draws the same
+    flat = drawn.flatten(1)
+    assert bool((flat.mean(1).abs() < 5 / 200).all())
+    assert bool(((flat.var(1) - 1).abs() < 5 * 2**0.5 / 200).all())
+    assert bool((flat.pow(4).mean(1) - 3).abs().max() < 0.3)
+    assert bool((torch.corrcoef(flat) - torch.eye(3)).abs().max() < 5 / 200)
+    assert float((drawn[0, :, 0] * drawn[0, :, 1]).mean().abs()) < 5 / 141
+    assert normals(keys, (2,), torch.zeros(())).dtype == torch.float32

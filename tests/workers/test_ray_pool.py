@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import ray
@@ -23,10 +23,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raymeta.errors import InputError, RunError
 from raymeta.params import params_hash
+from raymeta.workers import ray_dispatch, ray_pool
 from raymeta.workers.deadlines import Deadlines
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.pool import Abandoned
+from raymeta.workers.ray_node_sums import NodeSums
+from raymeta.workers.ray_parameters import Parameters
 from raymeta.workers.ray_pool import RayPool
+from raymeta.workers.shared_memory import Handle, Letter, Region, read
 from raymeta.workers.worker import TaskError, WorkerParts
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -90,11 +94,41 @@ def test_the_bits_do_not_depend_on_the_number_of_workers(lines, params, first_nu
         assert pool.map(first_numbers, params, "test", []) == []
 
 
-@pytest.mark.parametrize("struck", [(TASKS + 9,), (TASKS + 3, TASKS + 22)])
-def test_killed_workers_change_no_bit(lines, params, marks, struck):
+@pytest.mark.parametrize(("count", "share_memory"), [(1, True), (2, True), (3, False), (5, True), (5, False)])
+def test_the_bits_do_not_depend_on_how_sums_travel(lines, params, count, share_memory):
+    alone = {1: 1, 2: 2, 3: 5, 5: 5}[count]  # the maximal subtrees of the shares of 8 chunks
+    calm = replace(SHORT, least_seconds=60)
+    with RayPool(lines(), count=count, cpus_per_worker=0.5, deadlines=calm, share_memory=share_memory) as pool:
+        for aggregation in ("none", "node", "auto"):
+            pool._aggregation = aggregation
+            for step, tasks in enumerate((1, 7, TASKS, 64, 64)):
+                assert computed(pool, params, step, tasks) == expected(lines, params, step, tasks)
+            adds = aggregation == "node" and count > 1
+            assert pool.timings.received_bytes == params.nbytes * (1 if adds else alone)
+            assert (pool.timings.node_add_seconds > 0) == adds
+
+
+def test_the_parts_of_a_step_are_its_time(lines, params):
+    with RayPool(lines(sleeps=0.05), count=2, cpus_per_worker=0.5) as pool:
+        for step in range(2):
+            computed(pool, params, step)
+            timings = pool.timings
+            slowest = max(timings.compute_seconds.values())
+            parts = timings.broadcast_seconds, slowest, timings.gather_seconds, timings.add_seconds
+            assert min(parts) > 0
+            assert sum(parts) == pytest.approx(timings.total_seconds, abs=1e-9)
+        assert len(timings.compute_seconds) == 2
+
+
+@pytest.mark.parametrize(
+    ("struck", "aggregation"),
+    [((TASKS + 9,), "auto"), ((TASKS + 3, TASKS + 22), "auto"), ((TASKS + 3, TASKS + 22), "node")],
+)
+def test_killed_workers_change_no_bit(lines, params, marks, struck, aggregation):
     """One of three, and two of three, killed in the middle of a step; the next step finds them back."""
     act = Strike(marks, struck, signal.SIGKILL)
-    with RayPool(lines(act=act), count=3, cpus_per_worker=0.5, deadlines=SHORT) as pool:
+    settings = {"count": 3, "cpus_per_worker": 0.5, "deadlines": SHORT, "aggregation": aggregation}
+    with RayPool(lines(act=act), **settings) as pool:
         assert computed(pool, params, 0) == expected(lines, params, 0)
         assert computed(pool, params, 1) == expected(lines, params, 1)
         assert len(list(marks.iterdir())) == len(struck)
@@ -104,12 +138,12 @@ def test_killed_workers_change_no_bit(lines, params, marks, struck):
 
 def test_a_stopped_worker_is_given_up_at_its_deadline(lines, params, marks, caplog):
     caplog.set_level(logging.WARNING, "raymeta.workers")
-    with RayPool(
-        lines(act=Strike(marks, (TASKS + 9,), signal.SIGSTOP)), count=2, cpus_per_worker=0.5, deadlines=SHORT
-    ) as pool:
+    act = Strike(marks, (2 * TASKS + 9,), signal.SIGSTOP)
+    with RayPool(lines(act=act), count=2, cpus_per_worker=0.5, deadlines=SHORT) as pool:
         assert computed(pool, params, 0) == expected(lines, params, 0)
         started = time.monotonic()
-        assert computed(pool, params, 1) == expected(lines, params, 1)
+        for step in (1, 2):  # it is drawn ahead: the worker may stop before the result of step 1 has left it
+            assert computed(pool, params, step) == expected(lines, params, step)
         assert 1 < time.monotonic() - started < 10
     assert "no answer within" in caplog.text
 
@@ -233,24 +267,68 @@ class Scribbler:
         return result
 
 
-class KeepsReference(RayPool):
-    def _broadcast(self, params: torch.Tensor) -> Any:
-        self.kept = super()._broadcast(params)
-        return self.kept
-
-
-def test_what_is_broadcast_is_not_written_to(lines, params):
-    """Ray's zero-copy arrays are writable underneath: a write would be everybody's."""
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_what_is_broadcast_is_not_written_to(lines, params, monkeypatch, share_memory):
+    """What workers read the parameters from is writable underneath: a write would be everybody's."""
 
     def build() -> WorkerParts:
         parts = lines()()
         return replace(parts, learner=Scribbler(parts.learner))
 
-    large = params.repeat(1)
-    with KeepsReference(build, count=2, cpus_per_worker=0.5) as pool:
-        pool.meta_gradient(large, 0, range(16))
-        assert hashlib.sha256(ray.get(pool.kept).tobytes()).hexdigest() == params_hash(params)
-        del pool.kept
+    kept = []
+    plain = Parameters.of
+
+    def of(self: Parameters, member: Any) -> Any:
+        kept.append(plain(self, member))
+        return kept[-1]
+
+    monkeypatch.setattr(Parameters, "of", of)
+    with RayPool(build, count=2, cpus_per_worker=0.5, share_memory=share_memory) as pool:
+        pool.meta_gradient(params, 0, range(16))
+        assert len(kept) == 2
+        assert {isinstance(sent, Letter) for sent in kept} == {share_memory}
+        found = read(pool._crew.memory, kept[0])[0] if share_memory else ray.get(kept[0])
+        assert hashlib.sha256(found.tobytes()).hexdigest() == params_hash(params)
+
+
+@pytest.mark.parametrize("lost", ["by the worker", "by the system"])
+def test_without_shared_memory_all_goes_through_ray(lines, params, monkeypatch, lost):
+    """Workers that cannot open the driver's memory (in another container), and a system that gives none."""
+    if lost == "by the worker":
+        monkeypatch.setattr(Region, "handle", lambda self: Handle(os.getpid(), 0, "raymeta-elsewhere"))
+    else:
+        monkeypatch.delattr(os, "memfd_create")
+    with RayPool(lines(), count=2, cpus_per_worker=0.5) as pool:
+        assert not any(member.shares for member in pool._crew.members)
+        assert computed(pool, params, 0) == expected(lines, params, 0)
+
+
+class DiesAdding(NodeSums):
+    """The worker that is to add up is killed, or stopped, once it has been asked."""
+
+    pids: ClassVar[dict[Any, int]] = {}
+    signal = signal.SIGKILL
+
+    def add_up(self, actor: Any, held: Any) -> Any:
+        if actor in self.pids:
+            os.kill(self.pids.pop(actor), self.signal)
+        return super().add_up(actor, held)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["SIGKILL", "SIGSTOP"])
+def test_who_adds_up_on_a_node_may_be_lost(lines, params, monkeypatch, caplog, number):
+    caplog.set_level(logging.WARNING, "raymeta.workers")
+    monkeypatch.setattr(ray_pool, "NodeSums", DiesAdding)
+    monkeypatch.setattr(ray_dispatch, "FETCH_SECONDS", 3.0)
+    monkeypatch.setattr(DiesAdding, "signal", number)
+    with RayPool(lines(), count=3, cpus_per_worker=0.5, deadlines=SHORT, aggregation="node") as pool:
+        assert computed(pool, params, 0) == expected(lines, params, 0)
+        assert pool.timings.received_bytes == params.nbytes
+        monkeypatch.setattr(DiesAdding, "pids", {member.actor: member.report.pid for member in pool._crew.members})
+        for step in (1, 2, 3, 4):
+            assert computed(pool, params, step) == expected(lines, params, step)
+        assert len(DiesAdding.pids) < 3
+    assert "is lost in step 1" in caplog.text
 
 
 def other_data(lines: Any, mark: Path) -> WorkerParts:

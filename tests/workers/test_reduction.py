@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient, Node
-from raymeta.workers.reduction import Reducer, add_up, assign, chunk_count, chunk_slices, maximal_subtrees
+from raymeta.workers.reduction import (
+    Reducer,
+    add_up,
+    assign,
+    assign_by_node,
+    chunk_count,
+    chunk_slices,
+    maximal_subtrees,
+)
 
 
 def leaf(number: int, step: int = 3) -> MetaGradient:
@@ -127,3 +135,34 @@ def test_only_siblings_are_added():
         leaf(1) + leaf(2)
     with pytest.raises(ValueError, match="no siblings"):
         leaf(1) + leaf(0)
+
+
+@given(st.integers(0, 200), st.lists(st.integers(1, 9), min_size=1, max_size=9))
+def test_the_shares_of_nodes_are_contiguous_and_even(chunks, workers):
+    nodes = assign_by_node(chunks, workers)
+    assert [len(shares) for shares in nodes] == workers
+    shares = [share for node in nodes for share in node]
+    assert [leaf for share in shares for leaf in share] == list(range(chunks))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(0, 200), st.integers(1, 40))
+def test_the_workers_of_one_node_share_as_without_nodes(chunks, workers):
+    assert assign_by_node(chunks, [workers]) == [assign(chunks, workers)]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4])
+def test_what_a_node_sends_does_not_depend_on_its_workers(nodes):
+    """64 chunks over nodes with 1, 2, 4, 5 workers each: a node's share is no more subtrees than one worker's would be,
+    and one where the nodes are a power of two.
+    """
+    sent = {
+        workers: [
+            len(maximal_subtrees([leaf for share in node for leaf in share], 64))
+            for node in assign_by_node(64, [workers] * nodes)
+        ]
+        for workers in (1, 2, 4, 5)
+    }
+    most = max(sent[1]) if nodes == 3 else 1
+    assert all(max(each) <= most for each in sent.values()), sent

@@ -1,0 +1,112 @@
+"""`python -m benchmarks.speed`: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.children import call
+from benchmarks.speed.machine import confine, cores, description, versions
+from benchmarks.speed.memory import run_memory
+from benchmarks.speed.run import Plan, catalogue, chosen_peers, run_workload, workload_names
+from benchmarks.speed.table import markdown
+
+QUICK_WORKLOADS = ("conv4-1step-1query", "mlp-sinusoid")
+MEMORY = "memory"
+
+
+def main(arguments: list[str]) -> int:
+    """Runs, writes the table and the numbers; 1 where a gradient differed or a peer failed, 2 for wrong arguments."""
+    options = _options(arguments)
+    started = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out the processes that it started are ended
+    confine(options.threads)
+    machine = description(options.threads)
+    if machine["load_at_start"] > 0.5:
+        _say(
+            f"load {machine['load_at_start']}: something else computes here, and peers with several threads suffer most"
+        )
+    peers = call(catalogue)
+    known = call(workload_names)
+    default = (*QUICK_WORKLOADS, MEMORY) if options.quick else (*known, MEMORY)
+    try:
+        wanted = chosen_peers(options.workloads or default, (*known, MEMORY))
+        plan = Plan(
+            workloads=tuple(name for name in wanted if name != MEMORY),
+            peers=chosen_peers(options.peers, tuple(peers)),
+            quick=options.quick,
+            threads=options.threads,
+            least_rounds=2 if options.quick else 3,
+            seconds=3.0 if options.quick else options.seconds,
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    results: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.speed", *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine,
+        "versions": versions(),
+        "quick": options.quick,
+        "peers": peers,
+        "workloads": {},
+        "memory": [],
+    }
+    for name in plan.workloads:
+        results["workloads"][name] = run_workload(name, plan, peers, _say)
+        _write(options.output, results, started)  # what there is outlives an interrupted run
+    if MEMORY in wanted:
+        results["memory"] = run_memory(options.quick, options.threads, _say)
+    text = _write(options.output, results, started)
+    print(text)
+    rows = [peer for row in results["workloads"].values() for peer in row["peers"].values()] + results["memory"]
+    return 1 if any(row["status"] in ("failed", "differs") for row in rows) else 0
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    for name, what in (
+        ("workloads", f"benchmarks/speed/workloads.py, and {MEMORY!r}"),
+        ("peers", "benchmarks/speed/peers"),
+    ):
+        parser.add_argument(f"--{name}", type=_names, metavar="NAME,NAME", help=f"of {what}; default: all")
+    parser.add_argument("--quick", action="store_true", help="fewer tasks, workloads and repetitions: under 2 minutes")
+    parser.add_argument("--threads", type=int, default=2, help="cores for each peer, and Ray workers (default 2)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timed steps for each workload (default 20)")
+    parser.add_argument(
+        "--output", type=Path, help="FILE.md; the numbers go to FILE.json. Default: RESULTS.md here; quick: none"
+    )
+    options = parser.parse_args(arguments)
+    if not 1 <= options.threads <= cores():
+        parser.error(f"--threads={options.threads}; expected 1 to {cores()}, the cores that this process may use")
+    if options.output is None and not options.quick:
+        options.output = Path(__file__).with_name("RESULTS.md")
+    return options
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write(output: Path | None, results: dict[str, Any], started: float) -> str:
+    results["seconds"] = time.perf_counter() - started
+    text = markdown(results)
+    if output is not None:
+        output.with_suffix(".md").write_text(text, encoding="utf-8")
+        output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

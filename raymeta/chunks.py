@@ -1,0 +1,60 @@
+"""How many tasks run as one batch of tensors, where `algorithm.chunk_tasks` does not say: a rule on shapes and device.
+
+The rule is part of what decides a run's bits, so it looks at nothing that is measured on the way: the kind of device,
+the number of tasks in a step, and how large the activations of one task are. What it gives is written into the run's
+configuration. `raymeta profile` measures what other sizes would cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raymeta.algorithms import Learner
+from raymeta.algorithms.task_model import exact_kernels
+from raymeta.params import Params, model_params
+from raymeta.workers.reduction import LEAST_CHUNKS, TASKS_PER_CHUNK
+from raymeta.workers.worker import WorkerParts
+
+# The most bytes of activations of one forward pass over a chunk's support and query rows. A gradient through an inner
+# step holds a few times as much. On two CPU cores chunks beyond this gained nothing and cost memory.
+CHUNK_BYTES = {"cpu": 512 << 20, "cuda": 8 << 30}
+
+
+def chunk_tasks(parts: WorkerParts, params: Params, tasks_per_step: int, device: str) -> int:
+    """The rule: at most what fills the device (8 tasks on a CPU, 64 on a GPU), at most `CHUNK_BYTES` of activations,
+    and no fewer than `LEAST_CHUNKS` chunks in a step that has the tasks, so that so many workers find something to do.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    by_memory = CHUNK_BYTES[device] // max(1, activation_bytes(parts, params))
+    return max(1, min(TASKS_PER_CHUNK[device], by_memory, tasks_per_step // LEAST_CHUNKS))
+
+
+def activation_bytes(parts: WorkerParts, params: Params) -> int:
+    """What the model's layers put out for the support and query rows of training task 0; 0 for other kinds of task."""
+    learner = parts.learner
+    batch = parts.source.tasks("train", [0])
+    x = getattr(batch, "support_x", None)
+    if not isinstance(learner, Learner) or not isinstance(x, Tensor):
+        return 0
+    prepared = learner.prepared(parts.model)
+    total = 0
+
+    def count(layer: nn.Module, inputs: object, output: object) -> None:
+        nonlocal total
+        if isinstance(output, Tensor):
+            total += output.nbytes
+
+    layers = [layer for layer in prepared.module.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    like = next(iter(params.values()))
+    try:
+        with torch.no_grad(), exact_kernels(prepared.recurrent):
+            prepared.alone(model_params(params), x[0].to(like))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = x.shape[1]
+    return total * (rows + batch.query_x.shape[1]) // rows
