@@ -203,7 +203,8 @@ class FittedModel:
     labels: tuple[Any, ...] | None
 
     def outputs(self, x: Rows, transductive: bool = False) -> np.ndarray:
-        """[Q, outputs] the model's own outputs: class scores, a logit, or targets (standardised as in training)."""
+        """[Q, outputs] the model's own outputs: class scores, a logit, or targets (standardised as in training), with
+        the logarithms of their scales after them where the learner says how sure it is."""
         rows = self.trained.inputs(x, "x")
         learner, model = self.trained.learner, self.trained.model
         if transductive:
@@ -234,8 +235,25 @@ class FittedModel:
         """[Q] the label of each row, or [Q, D] its targets; arguments as in `predict_proba`."""
         if self.labels is None:
             units, outputs = self.trained.units("y"), self.outputs(x, transductive)
+            outputs = self.trained.learner.point(torch.from_numpy(outputs)).numpy()
             return outputs if units is None else (outputs * units[1] + units[0]).astype(outputs.dtype)
         return np.asarray(self.labels)[self.predict_proba(x, transductive).argmax(1)]
+
+    def predict_scale(self, x: Rows, transductive: bool = False) -> np.ndarray:
+        """[Q, D] the standard deviation of each row's targets, as far as the learner says how sure it is; arguments as
+        in `predict_proba`.
+
+        Raises:
+            InputError: the learner predicts targets, or classes, alone.
+        """
+        scale = self.trained.learner.uncertainty(torch.from_numpy(self.outputs(x, transductive)))
+        if scale is None:
+            raise InputError(
+                f"algorithm.name={self.trained.resolved['algorithm']['name']} does not say how sure it is of a numeric "
+                "target; expected a neural process on such targets"
+            )
+        units = self.trained.units("y")
+        return scale.numpy() if units is None else (scale.numpy() * units[1]).astype(scale.numpy().dtype)
 
     # As a plain module
 
@@ -250,11 +268,13 @@ class FittedModel:
             InputError: the learner has no plain module, or a norm has no place for its statistics.
         """
         learner = self.trained.learner
-        if not isinstance(learner, GradientLearner) or not learner.needs_head:
+        own = {name for name, _ in self.trained.model.named_parameters()}
+        plain = isinstance(learner, GradientLearner) and learner.needs_head
+        if not plain or not own.issuperset(self.adapted.fast):
             raise InputError(
                 f"algorithm.name={self.trained.resolved['algorithm']['name']} predicts by more than the model itself "
-                "(prototypes, or a head of the task's own), so that no state dict of the model can hold it; use save() "
-                "and predict()"
+                "(prototypes, a head of the task's own, context parameters), so that no state dict of the model can "
+                "hold it; use save() and predict()"
             )
         tracking = [
             name
@@ -334,7 +354,8 @@ class FittedModel:
                 metadata = file.metadata() or {}
                 text, sealed = metadata["raymeta"], metadata["sha256"]
                 about = json.loads(text)
-                tensors = {name: file.get_tensor(name) for name in about["names"]}
+                # Copies: where a tensor begins in memory decides the last bits of some products.
+                tensors = {name: file.get_tensor(name).clone() for name in about["names"]}
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(
                 f"{path} is no fitted model, or is cut off ({type(error).__name__}: {error}); expected a file that "
@@ -373,5 +394,5 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, value in tensors.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import shutil
 import traceback
@@ -23,17 +24,21 @@ from torch import nn
 from raymeta.algorithms import FILLED_BY_BUILD, Learner, Statistics
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.gradient_learner import GradientLearner
+from raymeta.algorithms.learned_map import LearnedMap
+from raymeta.chunks import chunk_tasks
 from raymeta.config import Config, Part, load_config
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError, nearest
 from raymeta.evaluation import EvaluationSettings, evaluate_tasks
+from raymeta.fits import read_fits
 from raymeta.metrics import LOSSES, METRICS
 from raymeta.outer_optimizer import OuterSettings
-from raymeta.params import ParameterLayout, Params, model_params
+from raymeta.params import MODEL, ParameterLayout, Params, model_params, params_hash
 from raymeta.run_directory import RunDirectory
 from raymeta.seeding import digest
 from raymeta.tasks import TASK_SOURCES
 from raymeta.tasks.class_episodes import OMNIGLOT, ClassEpisodes
+from raymeta.tasks.fitted import FittedTasks
 from raymeta.tasks.regression_table import RegressionTable
 from raymeta.tasks.source import SPLITS, TaskSource
 from raymeta.trainer import MetaTrainer
@@ -149,6 +154,7 @@ def make_learner(section: Part, filled: Mapping[str, Any]) -> Learner:
 
 def describe_source(source: TaskSource) -> dict[str, Any]:
     """What a result must know of the tasks that it was trained on, as JSON: it is used without their data."""
+    source = source.source if isinstance(source, FittedTasks) else source
     data = source.data if isinstance(source, ClassEpisodes) else None
     return {
         "input_shape": list(source.input_shape),
@@ -178,8 +184,9 @@ def make_model_and_learner(config: Config, description: Mapping[str, Any]) -> tu
         InputError: the model does not fit the tasks.
     """
     filled = {key: description[key] for key in ("loss", "metric", "training_classes", "outputs")}
-    learner = make_learner(config.algorithm, {**filled, "seed": config.seed})
     input_shape = tuple(description["input_shape"])
+    filled |= {"seed": config.seed, "input_size": math.prod(input_shape)}
+    learner = make_learner(config.algorithm, filled)
     outputs = description["outputs"] if learner.needs_head else None
     model = make_model(config.model, config.seed, input_shape, outputs)
     size = _check_model(config, model, learner, input_shape, outputs)
@@ -229,7 +236,49 @@ def worker_parts(resolved: Mapping[str, Any]) -> WorkerParts:
     source = make_source(config)
     evaluation_source = make_evaluation_source(config, source)
     model, learner = make_model_and_learner(config, describe_source(source))
-    return WorkerParts(source, evaluation_source, model, learner)
+    return WorkerParts(with_fits(config, source), evaluation_source, model, learner)
+
+
+def with_fits(config: Config, source: TaskSource) -> TaskSource:
+    """The training tasks with what fitting them has found, where the learner is to learn by that; else `source`.
+
+    Raises:
+        InputError: no such data set.
+    """
+    given = config.algorithm.arguments
+    if not is_learned_map(config) or given["supervision"] == "query" or given["fits"] is None:
+        return source
+    fits = read_fits(given["fits"])
+    return FittedTasks(source, fits.tasks, fits.parameters)
+
+
+def is_learned_map(config: Config) -> bool:
+    """Whether the learner predicts parameters, so that `raymeta fit` has a meaning."""
+    return inspect.isclass(config.algorithm.part) and issubclass(config.algorithm.part, LearnedMap)
+
+
+def about_fits(source: TaskSource, learner: LearnedMap, params: Params) -> dict[str, Any]:
+    """What fits of the training tasks of `source`, begun at `params`, are of, as JSON."""
+    own = model_params(params)
+    start = params_hash(ParameterLayout.of(own).flatten(own))
+    return {"tasks": source.fingerprint(), "start": start, "fitted_by": learner.fitted_by()}
+
+
+def _require_fits(config: Config, source: FittedTasks, learner: LearnedMap, params: Params) -> None:
+    """Raises InputError where the data set of fits is not of these tasks, this start and these settings."""
+    place = config.algorithm.arguments["fits"]
+    there, wanted = read_fits(place).about, about_fits(source.source, learner, params)
+    causes = {
+        "tasks": "other tasks (tasks.*, seed)",
+        "start": "another start (model.*, seed, initial_checkpoint)",
+        "fitted_by": f"other settings ({', '.join(f'algorithm.{name}' for name in wanted['fitted_by'])})",
+    }
+    different = [cause for name, cause in causes.items() if there.get(name) != wanted[name]]
+    if different:
+        raise InputError(
+            f"algorithm.fits={place} holds fits of {' and '.join(different)}. Set them as they were, or make fits with "
+            "the settings of now by `raymeta fit`."
+        )
 
 
 def check(config: Config) -> WorkerParts:
@@ -255,8 +304,8 @@ def check(config: Config) -> WorkerParts:
     params = learner.init(model, config.seed)
     if isinstance(learner, GradientLearner):
         learner.fast_names(tuple(model_params(params)))
-    _check_learner(config, source, model, learner, params)
-    parts = WorkerParts(source, evaluation_source, model, learner)
+    _check_learner(config, with_fits(config, source), model, learner, params)
+    parts = WorkerParts(with_fits(config, source), evaluation_source, model, learner)
     _check_evaluation(config, parts, params)
     return parts
 
@@ -362,6 +411,9 @@ def for_workers(config: Config) -> dict[str, Any]:
             place = resolved["tasks"][name]
             if place != OMNIGLOT:
                 resolved["tasks"][name] = os.fspath(Path(place).expanduser().absolute())
+    fits = resolved["algorithm"].get("fits") if is_learned_map(config) else None
+    if fits is not None and "://" not in fits and not in_ray_job():
+        resolved["algorithm"]["fits"] = os.fspath(Path(fits).expanduser().absolute())
     return resolved
 
 
@@ -391,6 +443,15 @@ def make_pool(config: Config) -> WorkerPool:
     )
 
 
+def with_chunks(config: Config, parts: WorkerParts, params: Params, pool: WorkerPool) -> Config:
+    """`config` with the size of chunks by rule where it has none, which the pool is told."""
+    if config.chunk_tasks is not None:
+        return config
+    size = chunk_tasks(parts, params, config.outer.tasks_per_step, pool.reports[0].device)
+    pool.settle_chunks(size)
+    return dataclasses.replace(config, chunk_tasks=size)
+
+
 def evaluation_settings(config: Config) -> EvaluationSettings:
     """The settings that the trainer needs of the `evaluation` section, inner steps as in training where it has none."""
     section = config.evaluation
@@ -407,10 +468,15 @@ def first_params(config: Config, parts: WorkerParts) -> Params:
         InputError: a checkpoint that cannot be read, or that has other parameters.
     """
     params = parts.learner.init(parts.model, config.seed)
-    if config.initial_checkpoint is None:
-        return params
-    layout = ParameterLayout.of(params)
-    return layout.ordered(read_initial_checkpoint(config.initial_checkpoint), config.initial_checkpoint)
+    if config.initial_checkpoint is not None:
+        layout, found = ParameterLayout.of(params), read_initial_checkpoint(config.initial_checkpoint)
+        if set(found) == {name for name in params if name.startswith(MODEL)}:
+            found = {**params, **found}  # the model's alone: what the learner learns beside it starts as drawn
+        params = layout.ordered(found, config.initial_checkpoint)
+    if isinstance(parts.source, FittedTasks):
+        assert isinstance(parts.learner, LearnedMap)
+        _require_fits(config, parts.source, parts.learner, params)
+    return params
 
 
 def make_trainer(

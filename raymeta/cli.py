@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import signal
+import statistics
 import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except (StoppedAtOnce, KeyboardInterrupt, click.Abort) as error:
         print("raymeta: interrupted; no checkpoint was written for it (earlier ones are kept)", file=sys.stderr)
-        return 128 + (error.number if isinstance(error, StoppedAtOnce) else signal.SIGINT)
+        # click's Abort stands for a KeyboardInterrupt, its cause; Python's own has no number.
+        return 128 + getattr(error.__cause__ or error, "number", signal.SIGINT)
     except Stopped as stopped:
         return 128 + stopped.number
     except BrokenPipeError:  # `raymeta recipes | head`: who read no longer does
@@ -133,6 +136,7 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
             if resume:
                 trainer.resume(found)
                 log.info("resuming after outer step %d", trainer.step_number)
+            config = build.with_chunks(config, parts, params, pool)
             directory.write_config(config.resolved())
             _say_what_runs(console, config, pool, trainer)
             _say_precision(console, config, parts, trainer)
@@ -175,7 +179,10 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
         place = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = RunDirectory(build.lasting_run_dir(place))
     if resume and directory.has_config() and directory.steps():
-        require_resumable(directory.read_config(), config.resolved(), str(directory))
+        before = directory.read_config()
+        if config.chunk_tasks is None:  # by rule, and the rule's word is that run's
+            config = replace(config, chunk_tasks=before["algorithm"]["chunk_tasks"])
+        require_resumable(before, config.resolved(), str(directory))
     return config, directory
 
 
@@ -194,7 +201,7 @@ def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> No
         f"{config.tasks.name}, {config.model.name} ({trainer.layout.size:,} parameters), {config.algorithm.name}: "
         f"{config.outer.steps:,} steps of {config.outer.tasks_per_step} tasks on {pool.workers} "
         f"{config.workers.backend} worker{'s' if pool.workers > 1 else ''} ({device}, {config.workers.threads} "
-        f"thread{'s' if config.workers.threads > 1 else ''} each)",
+        f"thread{'s' if config.workers.threads > 1 else ''} each, chunks of {config.chunk_tasks} tasks)",
         highlight=False,
         soft_wrap=True,
     )
@@ -264,17 +271,77 @@ def _protocol(source: Any) -> str:
 
 
 @commands.command()
+@click.argument("arguments", nargs=-1, metavar="RECIPE | FILE.yaml [section.key=value ...]")
+@click.option("--output", required=True, help="The data set of fits: a directory, or a URI. One that is there grows.")
+@click.option("--tasks", type=click.IntRange(min=1), default=10_000, show_default=True, help="How many to have in all.")
+def fit(arguments: tuple[str, ...], output: str, tasks: int) -> None:
+    """Fit training tasks one by one, for a learner that predicts a task's parameters from its data.
+
+    `raymeta train` then learns by them: algorithm.supervision=both algorithm.fits=DIR. The same command goes on where
+    it stopped; a larger --tasks adds to what is there.
+    """
+    from raymeta import build
+    from raymeta.config import load_config
+    from raymeta.fits import make_fits, read_fits
+    from raymeta.params import ParameterLayout
+
+    source, overrides = _source_and_overrides(arguments)
+    if source is None:
+        raise InputError("name the recipe or file whose tasks are to be fitted, such as sinusoid-10s-amortised")
+    config = load_config(source, overrides)
+    if not build.is_learned_map(config):
+        raise InputError(
+            f"algorithm.name={config.algorithm.name} predicts no parameters, so that nothing is to be fitted; expected "
+            "amortised or amortised_head"
+        )
+    place = build.lasting_run_dir(output)
+    config = load_config(source, [*overrides, "algorithm.supervision=query", "algorithm.fits=null"])
+    parts = build.check(config)
+    params = build.first_params(config, parts)
+    console, started = Console(stderr=True), time.monotonic()
+
+    def say(done: int, of: int, fits: Any) -> None:
+        loss = sum(fit.loss for fit in fits) / len(fits)
+        seconds = time.monotonic() - started
+        console.print(f"{done:,}/{of:,} tasks after {seconds:.0f} s, loss {loss:.4g}", highlight=False)
+
+    with build.make_pool(config) as pool, answered_signals() as stop:
+        about = build.about_fits(parts.source, parts.learner, params)  # type: ignore[arg-type]
+        flat = ParameterLayout.of(params).flatten(params)
+        make_fits(pool, flat, place, about, tasks, say, stop=lambda: stop() is not None)
+        signalled = stop()
+    if signalled is not None:
+        console.print(f"stopped; the same command goes on from the fits that are in {place}", highlight=False)
+        raise Stopped(signalled)
+    found = read_fits(place)
+    tolerance = config.algorithm.arguments["fit_tolerance"]
+    print(f"{len(found.tasks):,} fits of {found.parameters.shape[1]:,} parameters in {place}")
+    print(
+        f"  mean loss {found.first_loss.mean():.4g} at the start, {found.loss.mean():.4g} at the optima; "
+        f"{100 * (found.gradient_norm <= tolerance).mean():.1f} % have converged (gradient at most {tolerance:g})"
+    )
+
+
+@commands.command()
 @click.argument("run_dir")
 @click.argument("overrides", nargs=-1, metavar="[section.key=value ...]")
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
 @click.option("--episodes", type=click.IntRange(min=1), default=1000, show_default=True, help="How many tasks.")
 @click.option("--checkpoint", default="best", show_default=True, help="best, latest or a step.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--gaps", "with_gaps", is_flag=True, help="Also fit each task, and say how far off predictions are.")
 def evaluate(
-    run_dir: str, overrides: tuple[str, ...], split: str, episodes: int, checkpoint: str, as_json: bool
+    run_dir: str,
+    overrides: tuple[str, ...],
+    split: str,
+    episodes: int,
+    checkpoint: str,
+    as_json: bool,
+    with_gaps: bool,
 ) -> None:
     """Evaluate a run's checkpoint on tasks of a split."""
     from raymeta import build
+    from raymeta.algorithms.fitting import Gap, gaps
     from raymeta.checkpoint import without_non_finite
     from raymeta.config import load_config
     from raymeta.evaluation import evaluate as evaluate_split
@@ -290,6 +357,8 @@ def evaluate(
     settings = build.evaluation_settings(config)
     with build.make_pool(config) as pool:
         results = evaluate_split(pool, flat, split, episodes, learner.metric, settings.inner_steps)
+        found_gaps = pool.map(gaps, flat, split, range(episodes)) if with_gaps else []
+    gap = dict(zip(Gap._fields, map(statistics.fmean, zip(*found_gaps, strict=True)), strict=True)) if with_gaps else {}
     first = results[settings.statistics]
     other = results["support" if settings.statistics == "batch" else "batch"]
     if as_json:
@@ -300,11 +369,17 @@ def evaluate(
             "other_statistics": other.summary(),
             "run_dir": str(directory),
             "seed": config.seed,
+            **({"gaps": gap} if with_gaps else {}),
         }
         print(json.dumps(without_non_finite(answer), allow_nan=False))
         return
     print(f"{split}, {_protocol(parts.evaluation_source)}, checkpoint of step {found.step}")
     _print_summaries({kind: result.summary() for kind, result in results.items()}, settings.statistics)
+    if with_gaps:
+        print(
+            "  predicted parameters: {distance:.4g} from the fitted optimum (the start: {first_distance:.4g}); "
+            "query loss {loss:.4g}, at the optimum {optimum_loss:.4g}, at the start {first_loss:.4g}".format(**gap)
+        )
 
 
 @commands.command()

@@ -23,6 +23,8 @@ class Episodes:
         tasks: [T] int64, the number of each task.
         support_mask: [T, S] bool, which rows count; None: all.
         query_mask: [T, Q] bool, which rows count; None: all.
+        fits: [T, P] the parameters that fitting each task by itself has found; None where nobody has
+            (`raymeta.tasks.fitted`). Only learners that predict such parameters look at it.
         classes: [T, N] int64, the number of each way's class among all classes of its split; None where the task
             source has none. Only joint training over all classes looks at it.
 
@@ -38,6 +40,7 @@ class Episodes:
     support_mask: Tensor | None = None
     query_mask: Tensor | None = None
     classes: Tensor | None = None
+    fits: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.tasks)
@@ -91,6 +94,17 @@ class Episodes:
             return None if value is None else value[start:stop]
 
         return Episodes(**{field.name: cut(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
+
+
+def joined_mask(batch: Episodes) -> Tensor | None:
+    """[T, S + Q] bool: which of each task's rows count, the support rows before the query rows; None: all."""
+    if batch.support_mask is None and batch.query_mask is None:
+        return None
+    masks = [
+        torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        for x, mask in ((batch.support_x, batch.support_mask), (batch.query_x, batch.query_mask))
+    ]
+    return torch.cat(masks, 1)
 
 
 def filled(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,20 @@ def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().mean(1)
 
 
+def _gaussian(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Minus the log density of targets [R, D] under normal distributions; outputs [R, 2D] are their means, then the
+    logarithms of their scales. The mean over the D numbers."""
+    targets = targets.reshape(len(targets), -1)
+    if outputs.shape[1:] != (2 * targets.shape[1],):
+        raise InputError(
+            f"the model puts out {tuple(outputs.shape[1:])} for each row, but a target has {targets.shape[1]} numbers; "
+            "the gaussian loss expects a mean and the logarithm of a scale for each"
+        )
+    mean, log_scale = outputs.chunk(2, 1)
+    squares = ((targets - mean) * (-log_scale).exp()).square()
+    return (0.5 * squares + log_scale + 0.5 * math.log(2 * math.pi)).mean(1)
+
+
 def _logistic(outputs: Tensor, targets: Tensor) -> Tensor:
     logits = _logits(outputs)
     return F.binary_cross_entropy_with_logits(logits, targets.reshape(-1).to(outputs.dtype), reduction="none")
@@ -60,6 +74,7 @@ LOSSES: dict[str, RowFunction] = {
     "cross_entropy": _cross_entropy,
     "mean_squared_error": _squared_error,
     "logistic": _logistic,
+    "gaussian": _gaussian,
 }
 METRICS: dict[str, RowFunction] = {
     "accuracy": _accuracy,
@@ -84,7 +99,11 @@ def task_metrics(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | Non
 
 
 def _means(function: RowFunction, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-    rows = function(outputs.flatten(0, 1), targets.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+    return masked_means(function(outputs.flatten(0, 1), targets.flatten(0, 1)).unflatten(0, outputs.shape[:2]), mask)
+
+
+def masked_means(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """[T] the mean of rows [T, Q] over those that count; mask [T, Q] bool, None: all."""
     if mask is None:
         return rows.mean(1)
     # `where`, not a product: a padded row may hold anything, and inf * 0 would be nan.

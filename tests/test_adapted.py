@@ -40,12 +40,39 @@ KINDS: dict[str, dict[str, Any]] = {
     "maml_plus_plus": {**OMNIGLOT, "algorithm": {"name": "maml_plus_plus", "inner_steps": 2}},
     "prototypical": {**OMNIGLOT, "algorithm": {"name": "prototypical_networks"}},
     "multi_task": {**OMNIGLOT, "algorithm": {"name": "multi_task", "inner_steps": 3}},
+    "matching": {**OMNIGLOT, "algorithm": {"name": "matching_networks", "full_context": True}},
+    "relation": {**OMNIGLOT, "algorithm": {"name": "relation_networks", "filters": 4}},
+    "r2d2": {**OMNIGLOT, "algorithm": {"name": "r2d2"}},
+    "metaoptnet": {**OMNIGLOT, "algorithm": {"name": "metaoptnet"}},
+    "nearest": {**OMNIGLOT, "algorithm": {"name": "nearest_neighbour"}},
+    "from_scratch": {**OMNIGLOT, "algorithm": {"name": "from_scratch", "inner_steps": 3}},
+    "r2d2_regression": {**SINUSOID, "algorithm": {"name": "r2d2"}},
+    "r2d2_logistic": {**LOGISTIC, "algorithm": {"name": "r2d2"}},
+    "nearest_regression": {**SINUSOID, "algorithm": {"name": "nearest_neighbour"}},
+    "nearest_logistic": {**LOGISTIC, "algorithm": {"name": "nearest_neighbour"}},
+    "snail": {**OMNIGLOT, "algorithm": {"name": "snail", "filters": 4}},
+    "memory": {**OMNIGLOT, "algorithm": {"name": "memory_augmented_network", "units": 8, "slots": 6}},
+    "leo": {**OMNIGLOT, "algorithm": {"name": "leo", "latent_size": 6}},
+    "cavia": {**OMNIGLOT, "algorithm": {"name": "cavia"}},
+    "meta_curvature": {**OMNIGLOT, "algorithm": {"name": "meta_curvature"}},
+    "snail_regression": {**SINUSOID, "algorithm": {"name": "snail", "filters": 4}},
+    "memory_regression": {**SINUSOID, "algorithm": {"name": "memory_augmented_network", "units": 8, "slots": 6}},
+    "cavia_regression": {**SINUSOID, "algorithm": {"name": "cavia"}},
     "mlp": {**OMNIGLOT, "model": {"name": "mlp", "hidden": [8]}, "algorithm": {"name": "maml"}},
     "regression": {**SINUSOID, "algorithm": {"name": "maml", "inner_rate": 0.05}},
     "logistic": {**LOGISTIC, "algorithm": {"name": "maml"}},
 }
-WITH_BATCH_NORM = ("maml", "anil", "meta_sgd", "maml_plus_plus", "prototypical", "multi_task")
-WITHOUT_HEAD = ("prototypical", "multi_task")
+WITH_BATCH_NORM = (
+    "maml", "anil", "meta_sgd", "maml_plus_plus", "prototypical", "multi_task", "matching", "relation", "r2d2",
+    "metaoptnet", "from_scratch", "snail", "memory", "leo", "cavia", "meta_curvature",
+)  # fmt: skip
+WITHOUT_HEAD = (
+    "prototypical", "multi_task", "matching", "relation", "r2d2", "metaoptnet", "nearest", "leo",
+    "r2d2_regression", "r2d2_logistic", "nearest_regression", "nearest_logistic",
+)  # fmt: skip
+
+# What a task adds is beside the model, which is made for as many ways as in training.
+BESIDE = ("snail", "memory", "cavia", "snail_regression", "memory_regression", "cavia_regression")
 
 
 def trained_of(raw: dict[str, Any]) -> TrainedLearner:
@@ -248,7 +275,7 @@ def test_images_as_bytes_or_as_numbers_up_to_one(learners: dict[str, TrainedLear
 def test_prototypes_take_other_numbers_of_classes(learners: dict[str, TrainedLearner]) -> None:
     source = build.make_source(load_config(learners["prototypical"].resolved, ["tasks.ways=7", "tasks.shots=2"]))
     rows = source.tasks("test", [0])
-    for kind in WITHOUT_HEAD:
+    for kind in (kind for kind in WITHOUT_HEAD if learners[kind].description["images"]):
         for classes in (2, 7):
             chosen = rows.support_y[0] < classes
             fitted = learners[kind].adapt(rows.support_x[0][chosen], rows.support_y[0][chosen])
@@ -357,7 +384,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]
     return lambda name: f"{package.name}.nets:{name}"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WITHOUT_HEAD])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*WITHOUT_HEAD, *BESIDE)])
 def test_a_state_dict_in_the_users_module_predicts_the_same(kind: str, learners: dict[str, TrainedLearner]) -> None:
     learner = learners[kind]
     x, y, query = task_of(learner)
@@ -409,7 +436,7 @@ def test_statistics_that_no_state_dict_can_hold(name: str, why: str, own: Callab
 
 
 def test_learners_without_a_plain_module(learners: dict[str, TrainedLearner]) -> None:
-    for kind in WITHOUT_HEAD:
+    for kind in (*WITHOUT_HEAD, *BESIDE):
         x, y, _ = task_of(learners[kind])
         with pytest.raises(InputError, match="no state dict of the model can hold it"):
             learners[kind].adapt(x, y).state_dict()

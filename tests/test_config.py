@@ -196,6 +196,7 @@ REFUSED = [
         r"workers\.address='auto' with workers\.backend='local': it has no cluster",
     ),
     ("workers={backend: local, gpus_per_worker: 1}", r"workers\.gpus_per_worker=1\.0 with workers\.backend='local'"),
+    ("workers={backend: local, aggregation: node}", r"workers\.aggregation='node' with workers\.backend='local'"),
     ("workers.wait_seconds=0", r"workers\.wait_seconds=0; expected a number greater than 0\."),
     ("workers.cpus_per_worker=1.5", r"workers\.cpus_per_worker=1\.5; expected at most 1, or a whole number\."),
     ("workers={device: cpu, gpus_per_worker: 1}", r"workers\.gpus_per_worker=1\.0 with workers\.device='cpu'"),

@@ -18,8 +18,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tasks", "algorithms"}),
     frozenset({"workers"}),
     frozenset({"storage", "yaml_text", "checkpoint", "event_file", "run_directory"})
-    | frozenset({"evaluation", "outer_optimizer", "precision", "trainer"}),
-    frozenset({"parts", "sections", "config", "build"}),
+    | frozenset({"evaluation", "outer_optimizer", "precision", "trainer", "fits"}),
+    frozenset({"parts", "sections", "config", "chunks", "build"}),
     # The faces; the command line calls the others.
     frozenset({"adapted", "progress", "profiling", "profile_text"}),
     frozenset({"tune", "report"}),

@@ -27,6 +27,7 @@ def rows() -> dict[str, tuple[Tensor, Tensor]]:
         "cross_entropy": (scores, labels),
         "mean_squared_error": (scores[..., :2], targets),
         "logistic": (scores[..., :1], labels % 2),
+        "gaussian": (scores, targets),
     }
 
 
@@ -34,6 +35,7 @@ def test_losses_are_torchs(rows: dict[str, tuple[Tensor, Tensor]]) -> None:
     theirs = {
         "cross_entropy": F.cross_entropy,
         "mean_squared_error": F.mse_loss,
+        "gaussian": lambda o, t: F.gaussian_nll_loss(o[:, :2], t, (2 * o[:, 2:]).exp(), full=True, eps=0),
         "logistic": lambda o, t: F.binary_cross_entropy_with_logits(o[:, 0], t.double()),
     }
     assert set(theirs) == set(LOSSES) == set(rows)
@@ -86,6 +88,8 @@ def test_shapes_that_would_broadcast() -> None:
         task_losses("logistic", torch.randn(T, Q, 2), torch.zeros(T, Q))
     with pytest.raises(InputError, match="the logistic loss expects one"):
         task_metrics("binary_accuracy", torch.randn(T, Q, 2), torch.zeros(T, Q))
+    with pytest.raises(InputError, match="a target has 2 numbers; the gaussian loss expects a mean and"):
+        task_losses("gaussian", torch.randn(T, Q, 3), torch.randn(T, Q, 2))
     assert task_losses("logistic", torch.zeros(1, 1), torch.zeros(1, 1)).tolist() == pytest.approx([math.log(2)])
 
 

@@ -43,7 +43,7 @@ def test_its_first_line_says_what_it_is(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_its_name_is_data_setting_algorithm(path: Path) -> None:
     config = load_config(path.stem)
-    assert path.stem.startswith(config.tasks.name)
+    assert path.stem.startswith(f"{config.tasks.name}-")
     assert path.stem.endswith(config.algorithm.name.replace("_", "-"))
     shots = config.evaluation.shots or config.tasks.arguments["shots"]
     setting = path.stem.removeprefix(f"{config.tasks.name}-").split("-")[0]

@@ -101,6 +101,10 @@ class GradientLearner(Learner):
             return Adam(self.inner_beta1, self.inner_beta2, weight_decay=self.inner_weight_decay)
         return SGD(self.inner_momentum, self.inner_weight_decay)
 
+    def weights(self, params: Params) -> Params:
+        """The parameters that the prepared module is called with: the model's own, unless a learner adds some."""
+        return model_params(params)
+
     def fast_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Which of the module's parameters a task changes: all of them, unless a learner says otherwise."""
         return names
@@ -108,6 +112,11 @@ class GradientLearner(Learner):
     @abstractmethod
     def rates(self, params: Params, names: tuple[str, ...], number: int) -> Rates:
         """For each fast parameter the inner rate of step `number`: a number, or a tensor that broadcasts to it."""
+
+    def transformed(self, gradients: Params, params: Params) -> Params:
+        """What the inner rule takes for the gradients [T, ...] of the fast parameters: they themselves, unless a
+        learner changes them, differentiably in them and in the outer parameters."""
+        return gradients
 
     def mini_batches(
         self,
@@ -153,17 +162,17 @@ class GradientLearner(Learner):
         steps: int,
     ) -> InnerLoop:
         """The inner loop of T tasks. `rows`: of `mini_batches`; `keys`: [T] of dropout, None outside training."""
-        weights = model_params(params)
+        weights = self.weights(params)
         names = self.fast_names(tuple(weights))
         shared_names = [name for name in weights if name not in names]
         count = len(support_x)
 
         def start(params: Params) -> Params:
-            own = model_params(params)
+            own = self.weights(params)
             return {name: dense(own[name]).expand(count, *own[name].shape) for name in names}
 
         def objective(fast: Params, params: Params, number: int) -> Tensor:
-            own = model_params(params)
+            own = self.weights(params)
             x, y, mask = rows_of_step(support_x, support_y, support_mask, rows, number)
             key = None if keys is None else derived_key(keys, number)
             outputs = model.outputs(fast, {name: own[name] for name in shared_names}, x, mask, key)
@@ -176,7 +185,7 @@ class GradientLearner(Learner):
         def rates(params: Params, number: int) -> Rates:
             return self.rates(params, names, number)
 
-        return InnerLoop(steps, start, objective, rates, self.rule())
+        return InnerLoop(steps, start, objective, rates, self.rule(), self.transformed)
 
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
         x = batch.support_x
@@ -187,11 +196,11 @@ class GradientLearner(Learner):
 
     def query(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> Query:
         """The query function of a training batch: (fast, outer parameters) -> losses and metrics [T]."""
-        names = self.fast_names(tuple(model_params(params)))
+        names = self.fast_names(tuple(self.weights(params)))
         keys = plan.keys["query"]
 
         def query(fast: Params, params: Params) -> QueryResult:
-            shared = {name: value for name, value in model_params(params).items() if name not in names}
+            shared = {name: value for name, value in self.weights(params).items() if name not in names}
             outputs = model.outputs(fast, shared, batch.query_x, batch.query_mask, keys)
             return QueryResult(
                 self.losses(outputs, batch.query_y, batch.query_mask),
@@ -217,7 +226,7 @@ class GradientLearner(Learner):
         loop, query = self.training_loop(model, params, batch, plan), self.query(model, params, batch, plan)
         weights = plan.weights
         if self.outer_gradient in ("exact", "implicit") and self.inner_steps:
-            own = model_params(params)
+            own = self.weights(params)
             require_second_derivatives(model, own, self.fast_names(tuple(own)), batch.support_x[0])
         if self.outer_gradient == "displacement":
             return displacement(loop, params, query)
@@ -242,12 +251,12 @@ class GradientLearner(Learner):
         support_x, support_y = filled(support_x, support_y, support_mask)
         steps = self.inner_steps if inner_steps is None else inner_steps
         numbers = torch.arange(len(support_x)) if tasks is None else tasks
-        with explained(prepared, model_params(params), support_x[0]):
+        with explained(prepared, self.weights(params), support_x[0]):
             support = (support_x, support_y, support_mask)
             rows = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
             loop = self.inner_loop(prepared, params, *support, rows, None, steps)
             fast = loop.run(params)
-            weights = model_params(params)
+            weights = self.weights(params)
             shared = {name: value for name, value in weights.items() if name not in fast}
             statistics = prepared.support_statistics(fast, shared, support_x, support_mask)
         return Adapted(fast, shared, statistics)

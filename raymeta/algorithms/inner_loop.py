@@ -127,6 +127,7 @@ class InnerLoop:
         objective: (fast, outer parameters, step number) -> [T] what the inner loop descends.
         rates: (outer parameters, step number) -> for each fast parameter a number or a tensor that broadcasts to it.
         rule: SGD or Adam.
+        transformed: (gradients, outer parameters) -> what the rule takes for the gradients; None: they themselves.
     """
 
     steps: int
@@ -134,6 +135,7 @@ class InnerLoop:
     objective: Callable[[Params, Params, int], Tensor]
     rates: Callable[[Params, int], Rates]
     rule: InnerRule
+    transformed: Callable[[Params, Params], Params] | None = None
 
     def first_state(self, params: Params) -> State:
         """s_0, differentiable in `params`."""
@@ -163,6 +165,8 @@ class InnerLoop:
             name: torch.zeros_like(value) if gradient is None else gradient
             for (name, value), gradient in zip(fast.items(), gradients, strict=True)
         }
+        if self.transformed is not None:
+            named = self.transformed(named, params)
         return self.rule.update(state, named, self.rates(params, number), number)
 
     def run(self, params: Params, steps: int | None = None) -> Params:

@@ -36,7 +36,7 @@ Statistics = Literal["batch", "support"]
 MiniBatches = list[tuple[Tensor, Tensor | None]]
 
 # Fields that come from the task source and the configuration's other sections.
-FILLED_BY_BUILD = frozenset({"loss", "metric", "seed", "training_classes", "embedding_size", "outputs"})
+FILLED_BY_BUILD = frozenset({"loss", "metric", "seed", "training_classes", "embedding_size", "outputs", "input_size"})
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,10 @@ class Learner(ABC):
     def point(self, outputs: Tensor) -> Tensor:
         """The predicted targets [..., D] alone, where `outputs` [...] hold more (how sure they are)."""
         return outputs
+
+    def uncertainty(self, outputs: Tensor) -> Tensor | None:
+        """The standard deviations [..., D] that `outputs` [...] give the predicted targets; None: they give none."""
+        return None
 
     def require(self, holds: bool, field: str, expected: str) -> None:
         """Raises InputError for the setting `algorithm.<field>` unless `holds`."""

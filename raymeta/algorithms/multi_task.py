@@ -22,7 +22,7 @@ from raymeta.algorithms.learner import Adapted, Statistics, StepPlan
 from raymeta.algorithms.maml import MAML
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.task_model import TaskModel
-from raymeta.episodes import Episodes, filled
+from raymeta.episodes import Episodes, filled, joined_mask
 from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics
 from raymeta.ops.draws import task_keys
@@ -173,11 +173,4 @@ def _with_head(
 def _joined(batch: Episodes) -> tuple[Tensor, Tensor, Tensor | None]:
     """Support and query rows of each task as one set: x [T, S+Q, ...], y, mask."""
     x = torch.cat([batch.support_x, batch.query_x], 1)
-    y = torch.cat([batch.support_y, batch.query_y], 1)
-    if batch.support_mask is None and batch.query_mask is None:
-        return x, y, None
-    masks = [
-        torch.ones(part.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        for part, mask in ((batch.support_x, batch.support_mask), (batch.query_x, batch.query_mask))
-    ]
-    return x, y, torch.cat(masks, 1)
+    return x, torch.cat([batch.support_y, batch.query_y], 1), joined_mask(batch)

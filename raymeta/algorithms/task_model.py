@@ -53,9 +53,11 @@ class TaskModel:
         batching: Batching = "vmap",
         precision: Precision = "float32",
         kernels: Kernels = "task",
+        extended: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.switch = StatisticsSwitch()
-        self.module = state_batch_norms(copy.deepcopy(module), self.switch)
+        stated = state_batch_norms(copy.deepcopy(module), self.switch)
+        self.module = stated if extended is None else extended(stated)
         self.batching, self.precision, self.kernels = batching, precision, kernels
         self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
         # The sets of fast parameters for which no function without a second derivative was found.
@@ -155,7 +157,7 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 
 
 # For each module, batching, precision and choice of kernels: what the copy was made from, and the copy.
-_prepared: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[Any, TaskModel]]] = (
+_prepared: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[Any, TaskModel]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -165,8 +167,12 @@ def task_model(
     batching: Batching = "vmap",
     precision: Precision = "float32",
     kernels: Kernels = "task",
+    extended: Callable[[nn.Module], nn.Module] | None = None,
 ) -> TaskModel:
-    """The prepared copy of `module`, made once for each batching, precision and choice of kernels.
+    """The prepared copy of `module`, made once for each batching, precision, choice of kernels and extension.
+
+    Args:
+        extended: what a learner adds to the copy (parameters beside the module's own); a value that can be compared.
 
     It is made anew when a layer was exchanged, when a buffer or a frozen parameter was written to, and when the module
     moved to another device or dtype. The learned parameters come with each call. A changed plain attribute (the rate
@@ -179,7 +185,7 @@ def task_model(
         [(value.data_ptr(), value._version) for value in module.parameters() if not value.requires_grad],
         [(value.device, value.data_ptr(), value._version) for value in module.buffers()],
     )
-    choice = (batching, precision, kernels)
+    choice = (batching, precision, kernels, extended)
     found = known.get(choice)
     if found is None or found[0] != made_from:
         found = known[choice] = (made_from, TaskModel(module, *choice))

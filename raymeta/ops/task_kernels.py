@@ -78,7 +78,8 @@ def _max_pool2d(
     return_indices: bool = False,
 ) -> Any:  # fmt: skip
     if return_indices or input.dim() != 4 or not _known(input):
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        general: Callable[..., Any] = F.max_pool2d  # whose stubs want `return_indices` written out
+        return general(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     size = _pair(kernel_size)
     window = Window(size, _pair(stride) if stride else size, _pair(padding), _pair(dilation), ceil_mode)
     return max_pooled(input, window)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from raymeta.tasks.class_episodes import ClassEpisodes, Omniglot
+from raymeta.tasks.gaussian_process import GaussianProcess
 from raymeta.tasks.linear import LinearRegression
 from raymeta.tasks.logistic import LogisticRegression
+from raymeta.tasks.omniglot_pixels import OmniglotPixels
 from raymeta.tasks.regression_table import RegressionTable
 from raymeta.tasks.sinusoid import Sinusoid
 
@@ -12,6 +14,8 @@ TASK_SOURCES: dict[str, type] = {
     "omniglot": Omniglot,
     "class_episodes": ClassEpisodes,
     "sinusoid": Sinusoid,
+    "gaussian_process": GaussianProcess,
+    "omniglot_pixels": OmniglotPixels,
     "linear_regression": LinearRegression,
     "logistic": LogisticRegression,
     "regression_table": RegressionTable,
@@ -20,9 +24,11 @@ TASK_SOURCES: dict[str, type] = {
 __all__ = [
     "TASK_SOURCES",
     "ClassEpisodes",
+    "GaussianProcess",
     "LinearRegression",
     "LogisticRegression",
     "Omniglot",
+    "OmniglotPixels",
     "RegressionTable",
     "Sinusoid",
 ]

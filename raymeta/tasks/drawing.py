@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError, nearest
+from raymeta.seeding import generator
 from raymeta.tasks.source import SPLITS, TaskSource
 
 # Tasks whose bytes go into a fingerprint: the first ones and one far out.
@@ -47,6 +48,16 @@ def require_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise InputError(f"tasks.{name}={value!r}; {nearest(value, allowed)}")
+
+
+def shown_shots(source: Any, split: str, numbers: Sequence[int], shots: int, fewest: int | None) -> Tensor | None:
+    """[T, shots] bool, the support rows of each task that count: in the split "train" the first `fewest` to `shots`,
+    how many being drawn for each task; elsewhere, and with `fewest` None or not below `shots`, None: all."""
+    if split != "train" or fewest is None or fewest >= shots:
+        return None
+    key = (source.seed, type(source).__name__, "shown_shots")
+    counts = [int(generator(*key, number).integers(fewest, shots + 1)) for number in numbers]
+    return torch.arange(shots) < torch.tensor(counts)[:, None]
 
 
 def task_numbers(numbers: list[int]) -> Tensor:

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from raymeta.algorithms import ANIL, MAML, Learner, MAMLPlusPlus, MetaSGD, MultiTask, PrototypicalNetworks
+from raymeta.algorithms import (
+    ANIL,
+    CAVIA,
+    LEO,
+    MAML,
+    R2D2,
+    SNAIL,
+    Learner,
+    MAMLPlusPlus,
+    MatchingNetworks,
+    MemoryAugmentedNetwork,
+    MetaCurvature,
+    MetaOptNet,
+    MetaSGD,
+    MultiTask,
+    PrototypicalNetworks,
+    RelationNetworks,
+)
+from raymeta.algorithms.amortised import Amortised
+from raymeta.algorithms.amortised_head import AmortisedHead
+from raymeta.algorithms.neural_process import AttentiveNeuralProcess, ConditionalNeuralProcess
 from raymeta.episodes import Episodes
 from raymeta.metrics import LOSSES, METRICS
 from raymeta.models import MLP, Conv4, Transformer
@@ -124,11 +146,13 @@ def central_differences(
 
 
 def relative_error(found: Params, expected: Params) -> float:
-    """The largest difference, as a fraction of the largest number."""
+    """The largest difference, as a fraction of the largest number (of 1 where all are 0)."""
     assert list(found) == list(expected)
     largest = max(float(value.abs().max()) for value in expected.values())
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / (largest or 1.0)
 
+
+LEO_SIZES = {"code_size": 5, "latent_size": 3}
 
 # Learners whose outer gradient is the derivative of the outer loss.
 EXACT: dict[str, Learner] = {
@@ -146,6 +170,26 @@ EXACT: dict[str, Learner] = {
     "meta_sgd": MetaSGD(inner_steps=2, inner_rate_high=0.4),
     "maml_plus_plus": MAMLPlusPlus(inner_steps=3, annealing_steps=0),
     "prototypical_networks": PrototypicalNetworks(),
+    "matching_networks": MatchingNetworks(),
+    "matching_networks_full_context": MatchingNetworks(full_context=True, context_steps=3, embedding_size=EMBEDDING),
+    "relation_networks": RelationNetworks(filters=6, embedding_size=EMBEDDING),
+    "r2d2": R2D2(),
+    "metaoptnet": MetaOptNet(),
+    "metaoptnet_logistic": MetaOptNet(head="logistic"),
+    "conditional_neural_process": ConditionalNeuralProcess(width=6, embedding_size=EMBEDDING, latent_size=2),
+    "cavia": CAVIA(inner_rate=0.5, inner_steps=2, context_size=3),
+    "meta_curvature": MetaCurvature(inner_rate=0.3, inner_steps=2),
+    "snail": SNAIL(embedding_size=EMBEDDING, outputs=WAYS, filters=3, key_size=4, value_size=3),
+    "memory_augmented_network": MemoryAugmentedNetwork(
+        embedding_size=EMBEDDING, outputs=WAYS, units=6, slots=5, slot_size=4, heads=2
+    ),
+    "memory_augmented_feed_forward": MemoryAugmentedNetwork(
+        embedding_size=EMBEDDING, outputs=WAYS, controller="feed_forward", units=6, slots=5, slot_size=4, heads=2
+    ),
+    "leo": LEO(embedding_size=EMBEDDING, inner_steps=2, fine_tuning_steps=2, encoder_penalty=0.0, **LEO_SIZES),
+    "attentive_neural_process": AttentiveNeuralProcess(width=6, heads=2, embedding_size=EMBEDDING),
+    "amortised": Amortised(width=6, input_size=36, outputs=WAYS, inner_steps=1, inner_rate=0.2),
+    "amortised_head": AmortisedHead(width=6, embedding_size=EMBEDDING, inner_steps=2),
     "multi_task": MultiTask(training_classes=TRAINING_CLASSES, embedding_size=EMBEDDING),
 }
 
@@ -212,6 +256,8 @@ def small() -> Any:
         def problem(learner: Learner, kind: str = "mlp", **settings: Any) -> tuple[nn.Module, Params, Episodes]:
             """A model that fits the learner, its outer parameters, and a batch."""
             model = small_model(kind, WAYS if learner.needs_head else None)
+            if "input_size" in learner.settings():  # which `init` alone looks at
+                learner = replace(learner, input_size=math.prod(SHAPES[kind]))  # type: ignore[call-arg]
             return model, learner.init(model, 0), random_tasks(SHAPES[kind], **settings)
 
     return Helpers

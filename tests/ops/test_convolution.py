@@ -182,7 +182,7 @@ def test_finite_differences(geometry: Geometry, bias: bool) -> None:
 
 def test_third_derivatives() -> None:
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
-    x, weight, _ = problem(1, (1, 2, 3, 3), (2, 2, 2, 2), (None, None, None), torch.float64)
+    x, weight, _ = problem(1, (1, 1, 3, 2), (2, 1, 2, 2), (None, None, None), torch.float64)
 
     def gradient(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         cube = convolution(x, weight, None, geometry).pow(3).sum()

@@ -92,6 +92,6 @@ def test_the_memory_stays_channels_last() -> None:
     "window", [Window((2, 2), (2, 2), (0, 0), (1, 1), False), Window((3, 2), (1, 2), (1, 1), (1, 1), True)]
 )
 def test_finite_differences(window: Window) -> None:
-    x = torch.randperm(2 * 2 * 4 * 5, generator=torch.Generator().manual_seed(0)).double().view(2, 2, 4, 5) / 10
+    x = torch.randperm(2 * 4 * 5, generator=torch.Generator().manual_seed(0)).double().view(1, 2, 4, 5) / 10
     assert gradcheck(lambda x: max_pooled(x, window).pow(2), (x.requires_grad_(),))
     assert gradgradcheck(lambda x: max_pooled(x, window).pow(2), (x,))

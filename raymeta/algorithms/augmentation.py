@@ -1,0 +1,206 @@
+"""Generative few-shot: a generator adds examples to the support set before a classifier is fitted to it.
+
+A generator of embeddings is learned on the training classes: given a class's mean support embedding it makes further
+embeddings of that class. At adaptation the support set is enlarged by them, and a logistic classifier is fitted to the
+real and the generated rows. `raymeta evaluate RUN algorithm.generated=0` is the same without: the difference is the
+gain.
+
+Kin: hallucination for low-shot learning (arXiv 1801.05401), Delta-encoder (arXiv 1806.04734). Generators: a conditional
+variational autoencoder (arXiv 1312.6114) and a conditional least-squares GAN (arXiv 1411.1784, 1611.04076).
+
+Legend: T tasks, N ways, S support rows, Q query rows, M generated rows of a class, D embedding size, Z latent size.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raymeta.algorithms.convex_head import LogisticHead, solution
+from raymeta.algorithms.embedding_learner import EmbeddingLearner, membership, without_absent
+from raymeta.algorithms.learner import StepPlan
+from raymeta.algorithms.neural_process import divergence
+from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
+from raymeta.algorithms.perceptron import draw_perceptron, perceptron
+from raymeta.algorithms.prototypical import minus_squared_distances, prototypes
+from raymeta.algorithms.task_model import TaskModel
+from raymeta.episodes import Episodes
+from raymeta.metrics import masked_means
+from raymeta.ops.draws import normals, task_keys
+from raymeta.params import Params, with_prefix
+from raymeta.seeding import torch_generator
+
+WEIGHT, CENTRE, PRESENT = "weight", "centre", "present"
+GENERATOR, ENCODER, LOG_NOISE, JUDGE = "generator.", "encoder.", "noise.log_scale", "judge."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation(EmbeddingLearner):
+    """Training: the model learns as in Prototypical Networks (arXiv 1703.05175), and the generator learns to make the
+    embeddings of the query rows from their class's mean support embedding; the embeddings are constants for it, so that
+    it does not change what the model learns. The loss and the metric of training are those of the prototypes.
+
+    Adaptation: scores x'W of x = (e(row) - m) / sqrt(D), m the mean of the class means, where W minimises the sum of
+    -log softmax over the real and the `generated` rows of each class, plus ridge/2 |W|^2.
+
+    Attributes:
+        generated: M. The latent draws behind them are the same for every class and task.
+        latent_size: Z. width, depth: of the generator's perceptrons.
+        ridge: see above. newton_steps: to the minimum.
+    """
+
+    generated: int = 20
+    latent_size: int = 16
+    width: int = 128
+    depth: int = 1
+    ridge: float = 0.1
+    newton_steps: int = 8
+    embedding_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.generated >= 0, "generated", "0 or more")
+        for field in ("latent_size", "width", "depth", "newton_steps"):
+            self.require(getattr(self, field) > 0, field, "1 or more")
+        self.require(self.ridge > 0, "ridge", "a number above 0")
+
+    @abstractmethod
+    def perceptrons(self, size: int) -> dict[str, list[int]]:
+        """The widths of the learner's own perceptrons, by prefix, for D = `size`."""
+
+    @abstractmethod
+    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        """[T, Q] what the learner's own perceptrons descend, for embeddings x [T, Q, D] of classes with the mean
+        support embeddings `centres` [T, Q, D], given standard normal noise [T, Q, Z]; all divided by sqrt(D)."""
+
+    def init(self, model: nn.Module, seed: int) -> Params:
+        params = super().init(model, seed)
+        assert self.embedding_size is not None, "the build step fills embedding_size in"
+        like, draw = next(iter(params.values())), torch_generator(seed, "augmentation")
+        for prefix, widths in self.perceptrons(self.embedding_size).items():
+            params |= {prefix + name: value for name, value in draw_perceptron(widths, draw, like).items()}
+        return params
+
+    def generate(self, params: Params, centres: Tensor, latent: Tensor) -> Tensor:
+        """[..., D] embeddings of the classes with mean embeddings `centres` [..., D], for latent [..., Z]: a class's
+        mean, and what the perceptron adds to it."""
+        return centres + perceptron(with_prefix(params, GENERATOR), torch.cat([centres, latent], -1))
+
+    def _hidden(self) -> list[int]:
+        return [self.width] * self.depth
+
+    # Training
+
+    def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
+        plan = super().plan(params, batch, step)
+        plan.keys["generator"] = task_keys(self.seed, "generator", step, batch.tasks, batch.support_x.device)
+        return plan
+
+    def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
+        reported: list[Tensor] = []
+
+        def query(leaves: Params) -> QueryResult:
+            support = self.embed(model, leaves, batch.support_x, batch.support_mask, plan.keys["support"])
+            embedded = self.embed(model, leaves, batch.query_x, batch.query_mask, plan.keys["query"])
+            centres = prototypes(support, batch.support_y, plan.ways, batch.support_mask)
+            scores = minus_squared_distances(embedded, centres)
+            loss = self.losses(scores, batch.query_y, batch.query_mask)
+            reported.append(loss.detach())
+            x = embedded.detach() / math.sqrt(embedded.shape[2])
+            own = _finite(centres.detach()) / math.sqrt(embedded.shape[2])
+            own = F.one_hot(batch.query_y, plan.ways).to(own) @ own  # [T, Q, D] each row's class
+            noise = normals(plan.keys["generator"], (x.shape[1], self.latent_size), x)
+            rows = self.generator_loss(leaves, own, x, noise)
+            metric = self.metrics(scores.detach(), batch.query_y, batch.query_mask)
+            return QueryResult(loss + masked_means(rows, batch.query_mask), metric)
+
+        return replace(direct(params, query), loss=reported[0])
+
+    # Adaptation
+
+    def fit(self, params: Params, support: Tensor, labels: Tensor, ways: int, mask: Tensor | None) -> Params:
+        x, member = support / math.sqrt(support.shape[2]), membership(labels, ways, mask)
+        present = member.any(1)
+        centres = _finite(prototypes(x, labels, ways, mask))
+        if self.generated:
+            x = torch.cat([x, self.generated_rows(params, centres).flatten(1, 2)], 1)
+            own = torch.diag_embed(present).repeat_interleave(self.generated, 1)
+            member = torch.cat([member, own], 1)
+        centre = (centres * present[..., None]).sum(1, keepdim=True) / present.sum(1)[:, None, None]
+        rows = x - centre
+        dual = solution(LogisticHead(member, self.ridge), rows @ rows.transpose(1, 2), self.newton_steps)
+        return {WEIGHT: dual.transpose(1, 2) @ rows, CENTRE: centre, PRESENT: present}
+
+    def generated_rows(self, params: Params, centres: Tensor) -> Tensor:
+        """[T, N, M, D] from the class means `centres` [T, N, D], divided by sqrt(D)."""
+        key = task_keys(self.seed, "generated", 0, torch.zeros(1, dtype=torch.int64), centres.device)
+        latent = normals(key, (self.generated, self.latent_size), centres)[0]
+        shape = (*centres.shape[:2], self.generated)
+        return self.generate(params, centres[:, :, None].expand(*shape, -1), latent.expand(*shape, -1))
+
+    def scores(self, params: Params, fitted: Params, query: Tensor) -> Tensor:
+        x = query / math.sqrt(query.shape[2]) - fitted[CENTRE]
+        return without_absent(x @ fitted[WEIGHT].transpose(1, 2), fitted[PRESENT])
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEAugmentation(Augmentation):
+    """The generator is the decoder of a variational autoencoder of embeddings x given their class's mean c:
+        loss = -log normal(x; c + g(z, c), noise^2) + KL(q(z | x, c) | normal(0, 1)),   z from q(z | x, c),
+    divided by D; noise, one number, is learned. Generated are the means c + g(z, c), z from normal(0, 1).
+    """
+
+    def perceptrons(self, size: int) -> dict[str, list[int]]:
+        return {
+            ENCODER: [2 * size, *self._hidden(), 2 * self.latent_size],
+            GENERATOR: [size + self.latent_size, *self._hidden(), size],
+        }
+
+    def init(self, model: nn.Module, seed: int) -> Params:
+        params = super().init(model, seed)
+        return {**params, LOG_NOISE: torch.zeros(1).to(next(iter(params.values())))}
+
+    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        mean, log_scale = perceptron(with_prefix(params, ENCODER), torch.cat([x - centres, centres], -1)).chunk(2, -1)
+        scale, size = log_scale.exp(), x.shape[2]
+        made = self.generate(params, centres, mean + scale * noise)
+        log_noise = params[LOG_NOISE]
+        squares = (x - made).square().sum(2) * (-2 * log_noise).exp()
+        likelihood = -0.5 * squares - size * (log_noise + 0.5 * math.log(2 * math.pi))
+        prior = (torch.zeros_like(mean), torch.ones_like(mean))
+        return (divergence((mean, scale), prior).sum(2) - likelihood) / size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANAugmentation(Augmentation):
+    """The generator G(z, c) = c + g(z, c) plays against a judge J(x, c), which is to tell embeddings x of the class
+    with mean c from generated ones. The judge descends 1/2 (J(x, c) - 1)^2 + 1/2 J(G(z, c), c)^2, the generator
+    1/2 (J(G(z, c), c) - 1)^2 (arXiv 1611.04076, equation 9), both at once.
+    """
+
+    def perceptrons(self, size: int) -> dict[str, list[int]]:
+        return {
+            JUDGE: [2 * size, *self._hidden(), 1],
+            GENERATOR: [size + self.latent_size, *self._hidden(), size],
+        }
+
+    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        made = self.generate(params, centres, noise)
+        judge = with_prefix(params, JUDGE)
+        still = {name: value.detach() for name, value in judge.items()}
+
+        def judged(weights: Params, rows: Tensor) -> Tensor:
+            return perceptron(weights, torch.cat([rows - centres, centres], -1))[..., 0]
+
+        of_judge = (judged(judge, x) - 1).square() + judged(judge, made.detach()).square()
+        return 0.5 * (of_judge + (judged(still, made) - 1).square())
+
+
+def _finite(centres: Tensor) -> Tensor:
+    """`centres` [T, N, D] with 0 for the classes without a row."""
+    return torch.where(centres.isposinf(), torch.zeros_like(centres), centres)

@@ -1,0 +1,159 @@
+"""Generated examples: what the generators descend, limits, and a generator that has learned a known spread."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from raymeta.algorithms import GANAugmentation, PrototypicalNetworks, VAEAugmentation
+from raymeta.algorithms.augmentation import Augmentation
+from raymeta.algorithms.convex_head import LogisticHead, solution
+from raymeta.algorithms.perceptron import perceptron
+from raymeta.errors import InputError
+from raymeta.params import Params, with_prefix
+
+SMALL: Any = {"embedding_size": 4, "width": 6, "latent_size": 3, "generated": 5}
+VAE, GAN = VAEAugmentation(**SMALL), GANAugmentation(**SMALL)
+KINDS = pytest.mark.parametrize("learner", [VAE, GAN], ids=["vae", "gan"])
+
+
+def rows(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres and embeddings [2, count, 4], and noise [2, count, 3]."""
+    draw = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(2, count, size, generator=draw, dtype=torch.float64) for size in (4, 4, 3))  # type: ignore[return-value]
+
+
+@KINDS
+@pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])
+def test_the_model_learns_as_in_prototypical_networks(small: Any, learner: Augmentation, masks: bool) -> None:
+    model, params, batch = small.problem(learner, "conv4", masks=masks)
+    found = small.gradient(learner, model, params, batch)
+    own = {name: value for name, value in params.items() if name.startswith("model.")}
+    expected = small.gradient(PrototypicalNetworks(), model, own, batch)
+    assert small.relative_error({name: found[name] for name in own}, expected) < 1e-10
+    theirs = PrototypicalNetworks().meta_gradient(model, own, batch, 0).metrics
+    assert learner.meta_gradient(model, params, batch, 0).metrics == pytest.approx(theirs, rel=1e-12)
+
+
+def test_the_autoencoders_gradient_is_central_differences(small: Any) -> None:
+    _, params, _ = small.problem(VAE, "mlp")
+    own = {name: value for name, value in params.items() if not name.startswith("model.")}
+    leaves = {name: value.clone().requires_grad_() for name, value in own.items()}
+    VAE.generator_loss(leaves, *rows()).sum().backward()
+    gradient = {name: value.grad for name, value in leaves.items()}
+    assert all(value is not None and bool(value.any()) for value in gradient.values())
+    small.central_differences(lambda params: float(VAE.generator_loss(params, *rows()).sum()), own, gradient)
+
+
+def test_generator_and_judge_each_descend_their_own(small: Any) -> None:
+    _, params, _ = small.problem(GAN, "mlp")
+    centres, x, noise = rows()
+
+    def judged(params: Params, of: Tensor) -> Tensor:
+        return perceptron(with_prefix(params, "judge."), torch.cat([of - centres, centres], -1))
+
+    def of_judge(params: Params) -> float:
+        made = GAN.generate(params, centres, noise)
+        return float(0.5 * ((judged(params, x) - 1).square() + judged(params, made).square()).sum())
+
+    def of_generator(params: Params) -> float:
+        return float(0.5 * (judged(params, GAN.generate(params, centres, noise)) - 1).square().sum())
+
+    own = {name: value for name, value in params.items() if not name.startswith("model.")}
+    leaves = {name: value.clone().requires_grad_() for name, value in own.items()}
+    loss = GAN.generator_loss(leaves, centres, x, noise).sum()
+    assert float(loss.detach()) == pytest.approx(of_judge(own) + of_generator(own), rel=1e-12)
+    loss.backward()
+    for prefix, objective in (("judge.", of_judge), ("generator.", of_generator)):
+        part = {name: value for name, value in own.items() if name.startswith(prefix)}
+        gradient = {name: leaves[name].grad for name in part}
+        small.central_differences(lambda p, f=objective: f({**own, **p}), part, gradient)
+
+
+def test_the_autoencoders_loss_by_hand(small: Any) -> None:
+    _, params, _ = small.problem(VAE, "mlp")
+    params["noise.log_scale"] = torch.tensor([-0.3], dtype=torch.float64)
+    centres, x, noise = rows(1)
+    found = VAE.generator_loss(params, centres, x, noise)
+    for task in range(2):
+        c, own, epsilon = centres[task, 0], x[task, 0], noise[task, 0]
+        mean, log_scale = perceptron(with_prefix(params, "encoder."), torch.cat([own - c, c])).split(3)
+        z = mean + log_scale.exp() * epsilon
+        made = c + perceptron(with_prefix(params, "generator."), torch.cat([c, z]))
+        kl = kl_divergence(Normal(mean, log_scale.exp()), Normal(torch.zeros(3).double(), torch.ones(3).double())).sum()
+        expected = (kl - Normal(made, math.exp(-0.3)).log_prob(own).sum()) / 4
+        assert float(found[task, 0]) == pytest.approx(float(expected), rel=1e-12)
+
+
+@KINDS
+def test_without_generated_rows_the_classifier_is_the_logistic_head(small: Any, learner: Augmentation) -> None:
+    model, params, batch = small.problem(learner, "mlp")
+    plain = replace(learner, generated=0)
+    adapted = plain.adapt(model, params, batch.support_x, batch.support_y)
+    for task in range(3):
+        x = model(batch.support_x[task]).detach() / 2
+        x = x - x.mean(0)  # two rows of each class: the mean of the class means is that of the rows
+        member = torch.nn.functional.one_hot(batch.support_y[task]).bool()[None]
+        dual = solution(LogisticHead(member, 0.1), (x @ x.T)[None], 30)
+        torch.testing.assert_close(adapted.fast["weight"][task], (dual[0].T @ x), rtol=1e-6, atol=1e-8)
+
+
+@KINDS
+def test_a_generator_of_nothing_adds_copies_of_the_means(small: Any, learner: Augmentation) -> None:
+    _, params, _ = small.problem(learner, "mlp")
+    last = f"generator.{learner.depth}."
+    for name in ("weight", "bias"):
+        params[last + name] = torch.zeros_like(params[last + name])
+    centres = torch.randn(2, 3, 4, dtype=torch.float64)
+    made = learner.generated_rows(params, centres)
+    assert made.shape == (2, 3, 5, 4)
+    assert torch.equal(made, centres[:, :, None].expand(-1, -1, 5, -1))
+
+
+@KINDS
+def test_classes_are_treated_alike(small: Any, learner: Augmentation) -> None:
+    model, params, batch = small.problem(learner, "mlp")
+    turned = torch.tensor([2, 0, 1])
+
+    def scores(labels: Tensor) -> Tensor:
+        return learner.predict(model, learner.adapt(model, params, batch.support_x, labels), batch.query_x)
+
+    y = batch.support_y
+    torch.testing.assert_close(scores(turned[y])[..., turned], scores(y), rtol=1e-7, atol=1e-7)
+    assert scores(torch.arange(6).expand(3, 6)).shape == (3, 6, 6)
+
+
+@pytest.mark.parametrize("kind", [VAEAugmentation, GANAugmentation])
+def test_it_learns_a_known_spread(small: Any, kind: Any) -> None:
+    """Embeddings c + a * (2, 0, 0, 0), a standard normal: generated ones spread along the first axis alone."""
+    learner = kind(embedding_size=4, width=32, latent_size=2, generated=200)
+    params = {name: value.float() for name, value in learner.init(small.model("mlp", None), 0).items()}
+    leaves = {name: value.requires_grad_() for name, value in params.items() if not name.startswith("model.")}
+    optimizer = torch.optim.Adam(leaves.values(), lr=3e-3, betas=(0.5, 0.999))
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(1200):
+        centres = torch.randn(1, 128, 4, generator=draw)
+        x = centres + torch.randn(1, 128, 1, generator=draw) * torch.tensor([2.0, 0, 0, 0])
+        noise = torch.randn(1, 128, 2, generator=draw)
+        optimizer.zero_grad()
+        learner.generator_loss(leaves, centres, x, noise).mean().backward()
+        optimizer.step()
+    centres = torch.randn(1, 5, 4, generator=draw)
+    with torch.no_grad():
+        made = learner.generated_rows(leaves, centres) - centres[:, :, None]
+    spread = made.std(2).mean((0, 1))
+    assert 1.2 < float(spread[0]) < 2.8, spread
+    assert float(spread[1:].max()) < 0.6, spread
+
+
+def test_settings_without_a_meaning_are_refused() -> None:
+    wrong: dict[str, Any] = {"generated": -1, "latent_size": 0, "width": 0, "depth": 0, "ridge": 0.0, "newton_steps": 0}
+    for field, value in wrong.items():
+        with pytest.raises(InputError, match=rf"^algorithm\.{field}=.*; expected "):
+            VAEAugmentation(**{field: value})
