@@ -1,7 +1,8 @@
-"""What one chunk of tasks costs with the task kernels and by vmap's own rules: `python -m benchmarks.speed.chunk MODEL`.
+"""What one chunk of tasks costs with and without the task kernels: `python -m benchmarks.speed.chunk MODEL`.
 
-The CPU time of `MAML.meta_gradient` (5-way 1-shot, 15 queries a class, one thread), as it is and recorded; NOTES.md has
-what was found. Other work on the machine disturbs CPU time less than the clock, but it does: repeat, and take the least.
+The CPU time of `MAML.meta_gradient` (5-way 1-shot, 15 queries a class, one thread), as it is and recorded; NOTES.md
+has what was found. Other work on the machine disturbs CPU time less than the clock, but it does: repeat it, and take
+the least.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ MODELS: dict[str, tuple[tuple[int, ...], Callable[[tuple[int, ...]], nn.Module]]
 }
 
 
-def chunk(name: str, kernels: Literal["task", "general"], tasks: int, steps: int) -> Callable[[], MetaGradient]:
+def chunk(
+    name: str, kernels: Literal["task", "general"], tasks: int, steps: int, dtype: torch.dtype = torch.float32
+) -> Callable[[], MetaGradient]:
     """A call of `MAML.meta_gradient` on random tasks, always the same."""
     torch.manual_seed(0)
     shape, make = MODELS[name]
-    model = make(shape)
+    model = make(shape).to(dtype)
     labels = torch.arange(WAYS)
     batch = Episodes(
         torch.randn(tasks, WAYS, *shape),
@@ -48,7 +51,7 @@ def chunk(name: str, kernels: Literal["task", "general"], tasks: int, steps: int
         torch.randn(tasks, WAYS * QUERIES, *shape),
         labels.repeat_interleave(QUERIES).expand(tasks, WAYS * QUERIES).contiguous(),
         torch.arange(tasks),
-    )
+    ).to("cpu", dtype)
     learner = MAML(inner_rate=0.01, inner_steps=steps, memory="unrolled", kernels=kernels)
     params = learner.init(model, 0)
     return lambda: learner.meta_gradient(model, params, batch, 0)

@@ -36,6 +36,10 @@ def max_pooled(x: Tensor, window: Window) -> Tensor:
     return result
 
 
+# (values, places), and where each has its tasks.
+_Mapped = tuple[tuple[Tensor, Tensor], tuple[int, int]]
+
+
 class _Pool(torch.autograd.Function):
     """The largest values, and the places where they were: row by row of each image, [B, C, H', W'] int64."""
 
@@ -55,7 +59,7 @@ class _Pool(torch.autograd.Function):
         return _Put.apply(gradient, *ctx.saved_tensors, ctx.shape, ctx.window), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, window: Window) -> tuple[tuple[Tensor, Tensor], int]:
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, window: Window) -> _Mapped:
         y, places = _Pool.apply(channels_in(x, in_dims[0], info.batch_size), window)
         return (channels_out(y, info.batch_size), channels_out(places, info.batch_size)), (1, 1)
 

@@ -141,11 +141,12 @@ def test_the_mean_over_draws_is_the_classifier_without_draws_where_nothing_bends
     with torch.no_grad():
         drawn, latent = learner.fitted(params, embedded, labels, 3, None, keys, 0)
         still, _ = learner.fitted(params, embedded[:1], labels[:1], 3, None, None, 0)
-    spread = drawn[CLASSIFIER].std(0)
+    weights = drawn[CLASSIFIER].detach()
+    spread = weights.std(0)
     assert bool((spread > 0.05).all())
-    errors = (drawn[CLASSIFIER].mean(0) - still[CLASSIFIER][0]) / (spread / math.sqrt(many))
+    errors = (weights.mean(0) - still[CLASSIFIER][0].detach()) / (spread / math.sqrt(many))
     assert float(errors.abs().max()) < 4
-    torch.testing.assert_close(latent.start.std(0), latent.scale[0], rtol=0.06, atol=0)
+    torch.testing.assert_close(latent.start.detach().std(0), latent.scale[0].detach(), rtol=0.06, atol=0)
 
 
 def test_any_number_of_ways_and_shots(small: Any) -> None:

@@ -15,12 +15,17 @@ from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.pool import WorkerPool
 from raymeta.workers.worker import WorkerSettings
 
+# A worker records a chunk's computation when it has met its shape ten times: with four chunks a step, in the third.
+WARM_STEPS = 4
+
 
 class _Pool(Peer):
     def __init__(self, problem: Problem, pool: WorkerPool) -> None:
         self.pool = pool
         self.tasks = range(len(problem.batch))
         self.params = ParameterLayout.of(problem.params()).flatten(problem.params())
+        for _ in range(WARM_STEPS):
+            self.step()
 
     def step(self) -> MetaGradient:
         return self.pool.meta_gradient(self.params, 0, self.tasks)
