@@ -313,7 +313,7 @@ def test_local_workers_need_nothing_of_a_cluster(tmp_path: Path, raymeta_cli: Ca
 # What bad input gets
 
 TRAIN: list[tuple[list[str], str]] = [
-    (["nosuch"], "recipe 'nosuch': unknown; Allowed: omniglot-20w1s-maml, "),
+    (["nosuch"], "recipe 'nosuch': unknown; Allowed: gaussian_process-10s-attentive-neural-process, "),
     (["sinusoid-10s-mam"], "did you mean 'sinusoid-10s-maml'?"),
     (["nosuch.yaml"], "nosuch.yaml cannot be read: [Errno 2] No such file or directory"),
     (["list.yaml"], "list.yaml holds a list; expected a mapping with the sections"),
