@@ -9,7 +9,7 @@ ARGS ?=
 
 help:
 	@echo "make train      install, then meta-train on Omniglot (5-way 1-shot) with local Ray workers: about 5 minutes"
-	@echo "make test       install, then run the tests: under 10 minutes"
+	@echo "make test       install, then run the tests: about 15 minutes"
 	@echo "make test-long  the tests that take minutes each"
 	@echo "make bench      install raymeta's peers too (0.5 GB), then time them: under 15 minutes; ARGS=--quick: under 2"
 	@echo "make lint       ruff and mypy"
