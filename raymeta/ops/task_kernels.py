@@ -88,7 +88,7 @@ def _max_pool2d(
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # All rows of a task in one product: for further dimensions that do not lie in order, such as those of attention,
     # vmap's rule multiplies each place by a copy of the weight of its own, and adds up as many gradients of it.
-    if input.dim() < 3:
+    if input.dim() < 3 or not _known(input):
         return F.linear(input, weight, bias)
     return F.linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
 

@@ -38,7 +38,9 @@ def written_out(learner: MemoryAugmentedNetwork, params: Any, x: Tensor, y: Tens
             output = torch.sigmoid(give) * torch.tanh(cell)
         else:
             output = torch.tanh(own["0.weight"] @ torch.cat([seen, read]) + own["0.bias"])
-        found = (params["heads.0.weight"] @ output + params["heads.0.bias"]).view(heads, 2 * size + 2)
+        found = (params["heads.0.weight"] @ torch.cat([output, x[row]]) + params["heads.0.bias"]).view(
+            heads, 2 * size + 2
+        )
         order = sorted(range(slots), key=lambda slot: (float(usage[slot]), slot))[:heads]
         next_memory, weights = memory.clone(), zeros(heads, slots)
         for slot in order:
