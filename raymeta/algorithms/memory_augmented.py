@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raymeta.algorithms.embedding_learner import normalised
 from raymeta.algorithms.lstm import draw_cell, lstm_cell
 from raymeta.algorithms.perceptron import draw_perceptron, perceptron
-from raymeta.algorithms.sequence_learner import SequenceLearner
+from raymeta.algorithms.sequence_learner import SequenceLearner, centred
 from raymeta.params import Params, with_prefix
 from raymeta.seeding import torch_generator
 
@@ -53,8 +52,8 @@ class MemoryAugmentedNetwork(SequenceLearner):
     for both, learning synthetic classes took about five times as many tasks); heads see the embedding beside the
     controller's output, so that like rows have like keys from the first step on; the softmax is sharpened by a number
     b_t > 0 of each head, as in Neural Turing Machines (arXiv 1410.5401); the loss is that of queries, after all support
-    rows, not of every row of a longer sequence; embeddings and one-hot labels have the length sqrt(E) (with labels of
-    length 1, 40,000 synthetic tasks of 256 numbers a row taught nothing).
+    rows, not of every row of a longer sequence; embeddings are centred, and they and one-hot labels have the length
+    sqrt(E) (with labels of length 1, 40,000 synthetic tasks of 256 numbers a row taught nothing).
     """
 
     controller: Literal["lstm", "feed_forward"] = "feed_forward"
@@ -97,7 +96,7 @@ class MemoryAugmentedNetwork(SequenceLearner):
         return {**state, **present}
 
     def scores(self, params: Params, fitted: Params, query: Tensor) -> Tensor:
-        after = self._after(params, fitted, normalised(query))
+        after = self._after(params, fitted, centred(query))
         seen = torch.cat([after[HIDDEN], after[READ]], 2)
         return self.judged(perceptron(with_prefix(params, OUTPUT), seen), fitted)
 

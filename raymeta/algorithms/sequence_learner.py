@@ -83,7 +83,7 @@ class SequenceLearner(EmbeddingLearner):
             y = labels.to(support).reshape(*support.shape[:2], -1)
         else:  # of length 1 a label would be lost beside the embedding
             y = member.to(support.dtype) * support.shape[2] ** 0.5
-        support = normalised(support)
+        support = centred(support)
         present = {} if member is None else {PRESENT: member[:, :, :ways].any(1)}
         if mask is not None:
             places = mask.int().argsort(dim=1, stable=True)
@@ -97,6 +97,11 @@ class SequenceLearner(EmbeddingLearner):
             return outputs
         present = fitted[PRESENT]
         return without_absent(outputs[:, :, : present.shape[1]], present)
+
+
+def centred(x: Tensor) -> Tensor:
+    """Embeddings x [..., E] less their own mean, at length sqrt(E): after a ReLU all rows would else look alike."""
+    return normalised(x - x.mean(-1, keepdim=True))
 
 
 def drawn_order(keys: Tensor, rows: int, mask: Tensor | None) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from raymeta.algorithms.embedding_learner import normalised
-from raymeta.algorithms.sequence_learner import SequenceLearner
+from raymeta.algorithms.sequence_learner import SequenceLearner, centred
 from raymeta.models.snail import SnailNetwork
 from raymeta.params import Params, with_prefix
 from raymeta.seeding import digest
@@ -34,7 +33,8 @@ class SNAIL(SequenceLearner):
 
     Departs from the paper: all attentions have keys and values of one size, and queries and keys start with the same
     weights; the number of layers is a setting, so that other shots than in training have a meaning (attention sees all
-    rows); embeddings and one-hot labels have the length sqrt(E), so that neither is lost beside the other.
+    rows); embeddings are centred, and they and one-hot labels have the length sqrt(E), so that neither is lost beside
+    the other.
     """
 
     filters: int = 64
@@ -70,7 +70,7 @@ class SNAIL(SequenceLearner):
     def scores(self, params: Params, fitted: Params, query: Tensor) -> Tensor:
         pairs = fitted[PAIRS]
         withheld = query.new_zeros(*query.shape[:2], pairs.shape[2] - query.shape[2])
-        rows = (pairs, torch.cat([normalised(query), withheld], 2), fitted[COUNTS])
+        rows = (pairs, torch.cat([centred(query), withheld], 2), fitted[COUNTS])
         outputs = functional_call(_shell(self), with_prefix(params, NETWORK), rows)
         return self.judged(outputs, fitted)
 

@@ -14,7 +14,8 @@ from raymeta.errors import InputError
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Rows at length sqrt(E)."""
+    """Rows less their own mean, at length sqrt(E)."""
+    x = x - x.mean(1, keepdim=True)
     return (x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()).detach()
 
 

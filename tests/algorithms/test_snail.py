@@ -122,6 +122,7 @@ def test_a_prediction_is_the_network_on_pairs_with_the_querys_label_withheld(sma
     made.load_state_dict({name.removeprefix("snail."): value for name, value in params.items() if "snail." in name})
 
     def normalised(x: Tensor) -> Tensor:
+        x = x - x.mean(1, keepdim=True)
         return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
 
     for task in range(3):
