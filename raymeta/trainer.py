@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from raymeta.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from raymeta.outer_optimizer import OuterOptimizer, OuterSettings, clip_by_globa
 from raymeta.params import ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
 from raymeta.workers.pool import Abandoned, WorkerPool
+from raymeta.workers.worker import torch_threads
 
 log = logging.getLogger(__name__)
 
@@ -104,15 +104,11 @@ class MetaTrainer:
         step, count = self.step_number, self.outer.tasks_per_step
         indices = range(step * count, (step + 1) * count)
         total = self.pool.meta_gradient(self.flat, step, indices)  # a sum over tasks
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
+        with torch_threads(self.threads):
             gradient = total.mean()
             norm = clip_by_global_norm(gradient, self.outer.max_gradient_norm)
             require_finite(norm, total, step)
             self.optimizer.apply(gradient, step)
-        finally:
-            torch.set_num_threads(threads)
         self.step_number += 1
         seconds = time.perf_counter() - started
         return {

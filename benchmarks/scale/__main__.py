@@ -53,9 +53,11 @@ def _table(reached: dict[str, Any], rows: list[dict[str, Any]], limits: dict[int
         f"`python -m benchmarks.scale`, {time.strftime('%Y-%m-%d')}; {os.cpu_count()} cores, torch {torch.__version__}",
         "",
         f"Two workers against one (conv4, 1 inner step, 15 queries, 32 tasks): {reached['ratio']:.2f}x "
-        f"({reached['one_worker_seconds'] * 1e3:.0f} and {reached['two_workers_seconds'] * 1e3:.0f} ms a step).",
+        f"({reached['one_worker_seconds'] * 1e3:.0f} and {reached['two_workers_seconds'] * 1e3:.0f} ms a step); two "
+        f"processes that know nothing of each other: {reached['unconnected_ratio']:.2f}x.",
         "What driver and Ray add to a step (112 k parameters, 2 workers, the main job): median "
-        f"{reached['beside_compute_milliseconds']:.1f}, least {reached['beside_compute_least_milliseconds']:.1f} ms.",
+        f"{reached['beside_compute_milliseconds']:.1f}, least {reached['beside_compute_least_milliseconds']:.1f} ms of "
+        f"{reached['main_job_seconds'] * 1e3:.0f} ms.",
         "",
         "Medians in milliseconds, 8 tasks a step, first-order MAML of an MLP on sinusoids. With more workers than",
         "cores compute and gather hold waiting for a core, too.",

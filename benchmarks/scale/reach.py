@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import time
 from statistics import median
 from typing import Any
 
+import torch
+
 from raymeta import build
 from raymeta.config import load_config
+from raymeta.outer_optimizer import OuterOptimizer, OuterSettings
 from raymeta.params import ParameterLayout
+from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.ray_pool import RayPool
-from raymeta.workers.worker import WorkerSettings
+from raymeta.workers.worker import WorkerSettings, torch_threads
 
 # conv4, 1 inner step, 15 queries a class, 32 tasks: eight chunks of four.
 LARGE = ["tasks.queries=15", "outer.tasks_per_step=32"]
@@ -18,14 +24,18 @@ WARM_UP = 16  # the workers record their computation meanwhile
 
 
 def reach(steps: int) -> dict[str, Any]:
-    """Medians: seconds of a step of the large problem with one and two workers, and of the main job's with two what is
-    beside the slowest worker's computing (milliseconds, the outer update not counted)."""
+    """Medians: seconds of a step of the large problem with one and two workers, what two processes that know nothing of
+    each other reach (no Ray, no driver), and for the main job with two workers what is beside the slowest worker's
+    computing, in milliseconds. The outer update is made after each step, as in a training, and is not counted."""
     one, two = (_totals(LARGE, workers, steps)[0] for workers in (1, 2))
-    _, beside = _totals([], 2, 5 * steps)
+    totals, beside = _totals([], 2, 5 * steps)
+    alone, together = _unconnected(1, steps), _unconnected(2, steps)
     return {
         "one_worker_seconds": median(one),
         "two_workers_seconds": median(two),
         "ratio": median(one) / median(two),
+        "unconnected_ratio": 2 * alone / together,
+        "main_job_seconds": median(totals),
         "beside_compute_milliseconds": 1e3 * median(beside),
         "beside_compute_least_milliseconds": 1e3 * min(beside),
     }
@@ -36,14 +46,48 @@ def _totals(overrides: list[str], workers: int, steps: int) -> tuple[list[float]
     config = load_config("omniglot-5w1s-maml", overrides)
     parts = build.check(config)
     params = build.first_params(config, parts)
-    flat, count = ParameterLayout.of(params).flatten(params), config.outer.tasks_per_step
+    layout, count = ParameterLayout.of(params), config.outer.tasks_per_step
+    flat = layout.flatten(params)
     make = functools.partial(build.worker_parts, config.resolved())
+    optimizer = OuterOptimizer(flat.clone(), layout, OuterSettings(**config.outer.model_dump()))
     totals, beside = [], []
     with RayPool(make, WorkerSettings(device="cpu"), config.chunk_tasks, workers) as pool:
         for step in range(WARM_UP + steps):
-            pool.meta_gradient(flat, step, range(step * count, (step + 1) * count))
+            total = pool.meta_gradient(flat, step, range(step * count, (step + 1) * count))
+            with torch_threads(1):
+                optimizer.apply(total.mean(), step)
             if step >= WARM_UP:
                 part = pool.timings
                 totals.append(part.total_seconds)
                 beside.append(part.total_seconds - max(part.compute_seconds.values()))
     return totals, beside
+
+
+def _unconnected(processes: int, steps: int) -> float:
+    """Seconds of a chunk of the large problem where so many processes compute at once: the mean of their medians."""
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(processes), context.Queue()
+    started = [context.Process(target=_compute, args=(steps, barrier, queue)) for _ in range(processes)]
+    for process in started:
+        process.start()
+    seconds = [queue.get(timeout=600) for _ in started]
+    for process in started:
+        process.join()
+    return sum(seconds) / processes
+
+
+def _compute(steps: int, barrier: Any, queue: Any) -> None:
+    config = load_config("omniglot-5w1s-maml", LARGE)
+    parts = build.check(config)
+    flat = ParameterLayout.of(params := build.first_params(config, parts)).flatten(params)
+    make = functools.partial(build.worker_parts, config.resolved())
+    torch.set_num_threads(1)
+    size, seconds = config.chunk_tasks or 4, []
+    with LocalPool(make, WorkerSettings(device="cpu"), size) as pool:
+        for step in range(WARM_UP + 4 * steps):
+            if step == WARM_UP:
+                barrier.wait(timeout=600)
+            started = time.perf_counter()
+            pool.meta_gradient(flat, step, range(step * size, (step + 1) * size))
+            seconds.append(time.perf_counter() - started)
+    queue.put(median(seconds[WARM_UP:]))

@@ -50,10 +50,11 @@ class MemoryAugmentedNetwork(SequenceLearner):
 
     Departs from the paper: what is added to the slot that was read is a vector v of its own, not the key (with the key
     for both, learning synthetic classes took about five times as many tasks); heads see the embedding beside the
-    controller's output, so that like rows have like keys from the first step on; the softmax is sharpened by a number
-    b_t > 0 of each head, as in Neural Turing Machines (arXiv 1410.5401); the loss is that of queries, after all support
-    rows, not of every row of a longer sequence; embeddings are centred, and they and one-hot labels have the length
-    sqrt(E) (with labels of length 1, 40,000 synthetic tasks of 256 numbers a row taught nothing).
+    controller's output, and keys start as functions of the embedding alone, so that like rows have like keys; the
+    softmax is sharpened by a number b_t > 0 of each head, as in Neural Turing Machines (arXiv 1410.5401); the loss is
+    that of queries, after all support rows, not of every row of a longer sequence; embeddings are centred, and they and
+    one-hot labels have the length sqrt(E) (with labels of length 1, 40,000 synthetic tasks of 256 numbers a row taught
+    nothing).
     """
 
     controller: Literal["lstm", "feed_forward"] = "feed_forward"
@@ -84,6 +85,10 @@ class MemoryAugmentedNetwork(SequenceLearner):
         made = {HEADS: [self.units + embedding, self.heads * per_head], OUTPUT: [self.units + read, label]}
         for prefix, widths in made.items():
             params |= {prefix + name: value for name, value in draw_perceptron(widths, draw, like).items()}
+        # At first keys are made of the embedding alone, and all else of the controller's output alone.
+        of_head = params[f"{HEADS}0.weight"].view(self.heads, per_head, -1)
+        of_head[:, : self.slot_size, : self.units] = 0
+        of_head[:, self.slot_size :, self.units :] = 0
         return params
 
     def fit(self, params: Params, support: Tensor, labels: Tensor, ways: int, mask: Tensor | None) -> Params:

@@ -187,7 +187,7 @@ class Store:
             return np.take(self.views[0], row_numbers, axis=0)
         out = np.empty((len(row_numbers), *self.shape), self.dtype)
         batches = np.searchsorted(self._batch_starts, row_numbers, side="right") - 1
-        for batch in np.unique(batches):
+        for batch in np.flatnonzero(np.bincount(batches, minlength=len(self.views))):
             here = np.flatnonzero(batches == batch)
             out[here] = self.views[batch][row_numbers[here] - self._batch_starts[batch]]
         return out

@@ -194,7 +194,8 @@ class ClassEpisodes:
         turns = drawn % self._turns
         if self.rotations == "per_class":
             turns = random.integers(0, 4, self.ways)
-        sizes = np.diff(self.data.class_starts)[self._splits[split][classes]]
+        numbers, starts = self._splits[split][classes], self.data.class_starts
+        sizes = starts[numbers + 1] - starts[numbers]
         needed, largest = self.shots + self.queries, int(sizes.max())
         if largest <= KEYS_UP_TO:
             keys = random.random((self.ways, largest))
@@ -236,7 +237,8 @@ class ClassEpisodes:
 def moved(images: np.ndarray, shifts: np.ndarray, margin: int) -> np.ndarray:
     """Images [R, C, H, W], each moved by its own shifts [2, R] - margin rows and columns; what moves in is 0."""
     height, width = images.shape[-2:]
-    padded = np.pad(images, ((0, 0), (0, 0), (margin, margin), (margin, margin)))
+    padded = np.zeros((*images.shape[:2], height + 2 * margin, width + 2 * margin), images.dtype)
+    padded[..., margin : margin + height, margin : margin + width] = images
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(-2, -1))
     row, column = 2 * margin - shifts
     return windows[np.arange(len(images)), :, row, column]

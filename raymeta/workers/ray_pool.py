@@ -32,7 +32,7 @@ from raymeta.workers.ray_parameters import Parameters
 from raymeta.workers.ray_placement import reserve
 from raymeta.workers.reduction import chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.shared_memory import Board, Region
-from raymeta.workers.worker import Build, MapFunction, WorkerSettings
+from raymeta.workers.worker import Build, MapFunction, WorkerSettings, torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class RayPool(WorkerPool):
         settings = settings or WorkerSettings()
         deadlines = deadlines or Deadlines()
         self._chunk_tasks = chunk_tasks
+        self._threads = settings.threads
         tasks_per_chunk(chunk_tasks, "cpu")
         self._aggregation = aggregation
         self._pace = Pace(deadlines)
@@ -118,6 +119,11 @@ class RayPool(WorkerPool):
             self._gauges.show_step(self.timings, update_seconds)
 
     def meta_gradient(self, params: Tensor, step: int, indices: range) -> MetaGradient:
+        # Threads of this process that wait for their next sum spin for milliseconds, on cores that workers compute on.
+        with torch_threads(self._threads):
+            return self._meta_gradient(params, step, indices)
+
+    def _meta_gradient(self, params: Tensor, step: int, indices: range) -> MetaGradient:
         started = time.perf_counter()
         chunks = chunk_count(len(indices), self._chunk_tasks, self._device)
         self._warn_of_idle_workers(len(indices), chunks)

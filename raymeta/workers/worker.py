@@ -243,25 +243,34 @@ class Worker:
     @contextlib.contextmanager
     def _numerics(self) -> Iterator[None]:
         """What decides the bits is set while the worker computes, and put back: the process may be the user's own."""
-        threads = torch.get_num_threads()
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch_settings: Any = torch.utils.deterministic
         fill = torch_settings.fill_uninitialized_memory
         # On one CPU thread every sum has a fixed order already, and the deterministic kernels are slower.
         wanted = self._settings.deterministic and (self._device.type == "cuda" or self._settings.threads > 1)
-        if threads != self._settings.threads:
-            torch.set_num_threads(self._settings.threads)
         if wanted:
             torch_settings.fill_uninitialized_memory = False  # an extra pass over every new tensor
             torch.use_deterministic_algorithms(True)
         try:
-            yield
+            with torch_threads(self._settings.threads):
+                yield
         finally:
             if wanted:
                 torch.use_deterministic_algorithms(deterministic)
                 torch_settings.fill_uninitialized_memory = fill
-            if threads != self._settings.threads:
-                torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for tensor operations of this process inside the block; as before after it."""
+    before = torch.get_num_threads()
+    if before != count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if before != count:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
