@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import raymeta
 from raymeta.run_directory import RunDirectory
@@ -211,6 +212,36 @@ def test_a_stopped_job_leaves_a_checkpoint_and_the_same_command_goes_on(cluster:
     assert re.search(r"mean squared error .* on 20 test tasks", again.stdout)
     assert alone.wait(timeout=JOB_SECONDS) == 0
     assert results(place) == results(tmp_path / "alone")
+
+
+SEARCH = """
+run:
+  recipe: job.yaml
+  outer: {steps: 40}
+  workers: {backend: local}
+  evaluation: {every_steps: 20}
+search:
+  algorithm.inner_rate: {grid: [0.005, 0.02]}
+tune:
+  searcher: {name: grid}
+  scheduler: {name: asha, grace_period: 20, reduction_factor: 2}
+"""
+
+
+def test_a_search_runs_as_a_job(cluster: Cluster, project: Path, tmp_path):
+    """The trials read the data by the path that is relative to the job's copy."""
+    (project / "search.yaml").write_text(SEARCH)
+    place = tmp_path / "search"
+    command = ["tune", "search.yaml", "--run-dir", str(place), "--resume"]
+    done = cluster.submit(project, *command)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    best = yaml.safe_load((place / "best.yaml").read_text())
+    assert best["algorithm"]["inner_rate"] in (0.005, 0.02)
+    assert best["outer"]["steps"] == 40
+    again = cluster.submit(project, *command)  # what is done is done: the same answer at once
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert yaml.safe_load((place / "best.yaml").read_text()) == best
 
 
 def test_a_relative_run_directory_in_a_job_is_refused(cluster: Cluster, project: Path):

@@ -36,7 +36,7 @@ def main() -> None:
         for count in counts:
             ways: list[Aggregation] = ["none", "node"] if count >= 4 else ["none"]
             for way in ways:
-                rows.append(measure(size, count, steps, way))
+                rows.append(measure(size, count, min(steps, 4) if size > 5_000_000 else steps, way))
                 print(rows[-1], flush=True)
         limits[size] = driver_limit([row for row in rows[first:] if row["aggregation"] == "none"])
         found = {"reach": reached, "rows": rows, "driver_limit": limits}

@@ -11,6 +11,8 @@ import time
 from statistics import median
 from typing import Any
 
+import torch
+
 from raymeta.algorithms.maml import MAML
 from raymeta.models.mlp import MLP
 from raymeta.outer_optimizer import OuterOptimizer, OuterSettings
@@ -43,6 +45,7 @@ def measure(parameters: int, workers: int, steps: int, aggregation: Aggregation 
     settings = OuterSettings(tasks_per_step=TASKS)
     optimizer = OuterOptimizer(flat, layout, settings)
     found: list[dict[str, float]] = []
+    torch.set_num_threads(1)  # as the trainer's own arithmetic
     build = functools.partial(parts, parameters)
     # A fraction of a core: more workers than cores are measured too.
     with RayPool(build, WorkerSettings(device="cpu"), 1, workers, cpus_per_worker=0.1, aggregation=aggregation) as pool:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 FILE = Path(__file__).with_name("steady_tasks.json")
-CANDIDATES = 2.0  # for each task that is kept
-MOVES = 3
-RELATIVE_SIZE = 1e-6  # of a move; float32 rounds by 6e-8, a sum of some hundred products by several times that
+CANDIDATES = 3.0  # for each task that is kept
+MOVES = 6
+RELATIVE_SIZE = 3e-6  # of a move; float32 rounds by 6e-8, sums of some hundred products, twice, by tens of that
 
 
 def steady_tasks(name: str) -> list[int]:

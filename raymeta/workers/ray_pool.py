@@ -32,7 +32,7 @@ from raymeta.workers.ray_parameters import Parameters
 from raymeta.workers.ray_placement import reserve
 from raymeta.workers.reduction import chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.shared_memory import Board, Region
-from raymeta.workers.worker import Build, MapFunction, WorkerSettings, torch_threads
+from raymeta.workers.worker import Build, MapFunction, WorkerSettings, keep_freed_memory, torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class RayPool(WorkerPool):
         self._warned = False
         self._crew: Crew | None = None
         self.timings = StepTimings()
+        keep_freed_memory()  # the driver's sums and updates are new arrays of the parameters' size in each step
         check_demand(count, cpus_per_worker, gpus_per_worker, wait_seconds)
         self._owns_cluster = connect(address)
         try:
