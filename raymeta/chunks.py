@@ -19,17 +19,24 @@ from raymeta.workers.worker import WorkerParts
 # The most bytes of activations of one forward pass over a chunk's support and query rows. A gradient through an inner
 # step holds a few times as much. On two CPU cores chunks beyond this gained nothing and cost memory.
 CHUNK_BYTES = {"cpu": 512 << 20, "cuda": 8 << 30}
+# Below so many bytes of activations a chunk costs as much as one of fewer tasks: what it takes is calls, not arithmetic
+# (25 sinusoid tasks with an MLP, 0.3 MB: 1.0 ms as one chunk, and nearly as much for each of several smaller ones).
+LEAST_BYTES = {"cpu": 512 << 10, "cuda": 8 << 20}
 
 
 def chunk_tasks(parts: WorkerParts, params: Params, tasks_per_step: int, device: str) -> int:
     """The rule: at most what fills the device (8 tasks on a CPU, 64 on a GPU), at most `CHUNK_BYTES` of activations,
-    and no fewer than `LEAST_CHUNKS` chunks in a step that has the tasks, so that so many workers find something to do.
+    and no fewer than `LEAST_CHUNKS` chunks in a step that has the tasks, so that so many workers find something to do;
+    but no chunk of less than `LEAST_BYTES` of activations, as far as the step has the tasks.
 
     Args:
         device: "cpu" or "cuda".
     """
-    by_memory = CHUNK_BYTES[device] // max(1, activation_bytes(parts, params))
-    return max(1, min(TASKS_PER_CHUNK[device], by_memory, tasks_per_step // LEAST_CHUNKS))
+    each = activation_bytes(parts, params)
+    by_memory = CHUNK_BYTES[device] // max(1, each)
+    worth_a_call = LEAST_BYTES[device] // each if each else 1
+    spread = min(TASKS_PER_CHUNK[device], tasks_per_step // LEAST_CHUNKS)
+    return max(1, min(max(spread, worth_a_call), by_memory, tasks_per_step))
 
 
 def activation_bytes(parts: WorkerParts, params: Params) -> int:

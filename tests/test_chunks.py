@@ -32,6 +32,7 @@ def test_activations_are_those_of_support_and_query_rows() -> None:
 )
 def test_the_rule(tasks: int, device: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, params = parts_of("sinusoid-10s-maml", *SINUSOID)
+    monkeypatch.setitem(chunks.LEAST_BYTES, device, 0)
     assert chunk_tasks(parts, params, tasks, device) == size  # type: ignore[arg-type]
     each = activation_bytes(parts, params)  # type: ignore[arg-type]
     monkeypatch.setitem(chunks.CHUNK_BYTES, device, 3 * each + 1)
@@ -40,12 +41,22 @@ def test_the_rule(tasks: int, device: str, size: int, monkeypatch: pytest.Monkey
     assert chunk_tasks(parts, params, tasks, device) == 1  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("tasks", "size"), [(3, 3), (25, 10), (1000, 10)])
+def test_a_chunk_is_worth_its_calls(tasks: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, params = parts_of("sinusoid-10s-maml", *SINUSOID)
+    each = activation_bytes(parts, params)  # type: ignore[arg-type]
+    monkeypatch.setitem(chunks.LEAST_BYTES, "cpu", 10 * each)
+    assert chunk_tasks(parts, params, tasks, "cpu") == size  # type: ignore[arg-type]
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 2 * each)
+    assert chunk_tasks(parts, params, tasks, "cpu") == 2  # type: ignore[arg-type]
+
+
 def test_the_run_writes_it_down_and_a_resumed_one_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     command = ["train", "sinusoid-10s-maml", *SINUSOID, "algorithm.chunk_tasks=null", "outer.tasks_per_step=32"]
     command += ["outer.schedule=constant", "evaluation.tasks=4", "evaluation.test_tasks=4", "evaluation.every_steps=2"]
     assert cli.run([*command, "outer.steps=2", "--run-dir", str(run)]) == 0
-    assert yaml.safe_load((run / "config.yaml").read_text())["algorithm"]["chunk_tasks"] == 4
+    assert yaml.safe_load((run / "config.yaml").read_text())["algorithm"]["chunk_tasks"] == 32
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1)  # as if a later version had another rule
     assert cli.run([*command, "outer.steps=4", "--run-dir", str(run), "--resume"]) == 0
-    assert yaml.safe_load((run / "config.yaml").read_text())["algorithm"]["chunk_tasks"] == 4
+    assert yaml.safe_load((run / "config.yaml").read_text())["algorithm"]["chunk_tasks"] == 32

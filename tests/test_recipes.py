@@ -6,10 +6,12 @@ import re
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from raymeta import cli
-from raymeta.config import DEFAULT_RECIPE, load_config, recipe_descriptions, recipe_names
+import raymeta
+from raymeta import build, cli
+from raymeta.config import DEFAULT_RECIPE, Config, load_config, recipe_descriptions, recipe_names
 from raymeta.run_directory import RunDirectory
 
 FILES = sorted(Path(str(resources.files("raymeta") / "recipes")).glob("*.yaml"), key=lambda path: path.stem)
@@ -71,3 +73,21 @@ def test_it_trains_validates_and_tests(path: Path, tmp_path: Path, capsys: pytes
     assert kinds == ["validation", "train", "validation", "test", "test"]
     assert RunDirectory(tmp_path / "run").steps() == [1, 2]
     assert "test tasks" in capsys.readouterr().out
+    _use(tmp_path / "run", config)
+
+
+def _use(run: Path, config: Config) -> None:
+    """The trained learner on rows of one's own, as `raymeta adapt` uses it: texts as labels, or numbers."""
+    parts = build.worker_parts(config.resolved())
+    task = parts.evaluation_source.tasks("test", [0])
+    support_x, query_x, support_y = task.support_x[0].numpy(), task.query_x[0].numpy(), task.support_y[0].numpy()
+    learner = raymeta.load(run)
+    if learner.regression:
+        predicted = learner.adapt(support_x, support_y).predict(query_x)
+        assert np.isfinite(predicted).all()
+        assert len(predicted) == len(query_x)
+        return
+    names = np.array([f"class {label}" for label in support_y])
+    fitted = learner.adapt(support_x, names)
+    assert set(fitted.predict(query_x)) <= set(names)
+    assert fitted.predict_proba(query_x).sum(axis=1) == pytest.approx(1, abs=1e-5)

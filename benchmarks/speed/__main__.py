@@ -59,6 +59,10 @@ def main(arguments: list[str]) -> int:
         "workloads": {},
         "memory": [],
     }
+    if options.update:
+        before = json.loads(options.output.with_suffix(".json").read_text(encoding="utf-8"))
+        results |= {name: before[name] for name in ("workloads", "memory")}
+        results["command"] = f"{before['command']}`, then `{results['command']}"
     for name in plan.workloads:
         results["workloads"][name] = run_workload(name, plan, peers, _say)
         _write(options.output, results, started)  # what there is outlives an interrupted run
@@ -83,6 +87,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="FILE.md; the numbers go to FILE.json. Default: RESULTS.md here; quick: none"
     )
+    parser.add_argument("--update", action="store_true", help="keep what OUTPUT has of workloads that are not run now")
     options = parser.parse_args(arguments)
     if not 1 <= options.threads <= cores():
         parser.error(f"--threads={options.threads}; expected 1 to {cores()}, the cores that this process may use")

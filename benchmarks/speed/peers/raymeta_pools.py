@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,22 +10,28 @@ import numpy as np
 
 from benchmarks.speed.peers.peer import Peer
 from benchmarks.speed.workloads import Problem, worker_parts
+from raymeta.algorithms.program import RECORD_AFTER
+from raymeta.chunks import chunk_tasks
 from raymeta.meta_gradient import MetaGradient
 from raymeta.params import ParameterLayout
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.pool import WorkerPool
-from raymeta.workers.worker import WorkerSettings
+from raymeta.workers.worker import WorkerParts, WorkerSettings
 
-# A worker records a chunk's computation when it has met its shape ten times: with four chunks a step, in the third.
-WARM_STEPS = 4
+
+def chunk_size(parts: WorkerParts, problem: Problem) -> int:
+    """The tasks of a chunk by the rule that a training's configuration gets."""
+    return chunk_tasks(parts, parts.learner.init(parts.model, 0), len(problem.batch), "cpu")
 
 
 class _Pool(Peer):
-    def __init__(self, problem: Problem, pool: WorkerPool) -> None:
+    def __init__(self, problem: Problem, pool: WorkerPool, size: int) -> None:
         self.pool = pool
         self.tasks = range(len(problem.batch))
         self.params = ParameterLayout.of(problem.params()).flatten(problem.params())
-        for _ in range(WARM_STEPS):
+        # A worker records a chunk's computation when it has met its shape so often; a training makes many steps.
+        calls = max(1, len(self.tasks) // size // pool.workers)
+        for _ in range(math.ceil((RECORD_AFTER + 2) / calls)):
             self.step()
 
     def step(self) -> MetaGradient:
@@ -41,7 +48,9 @@ class OneProcess(_Pool):
     """LocalPool: one process with all the threads."""
 
     def __init__(self, problem: Problem, name: str, quick: bool, threads: int) -> None:
-        super().__init__(problem, LocalPool(partial(worker_parts, name, quick), WorkerSettings(threads, "cpu")))
+        build = partial(worker_parts, name, quick)
+        size = chunk_size(build(), problem)
+        super().__init__(problem, LocalPool(build, WorkerSettings(threads, "cpu"), size), size)
 
 
 class RayWorkers(_Pool):
@@ -51,7 +60,8 @@ class RayWorkers(_Pool):
         from raymeta.workers.ray_pool import RayPool  # ray takes a second to import, and the other peers need none
 
         build = partial(worker_parts, name, quick)
-        super().__init__(problem, RayPool(build, WorkerSettings(1, "cpu"), count=threads))
+        size = chunk_size(build(), problem)
+        super().__init__(problem, RayPool(build, WorkerSettings(1, "cpu"), size, threads), size)
 
     def processes(self) -> Sequence[int]:
         return [report.pid for report in self.pool.reports]
