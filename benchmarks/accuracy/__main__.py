@@ -11,15 +11,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.rows import rows
-from benchmarks.accuracy.run import row
+from benchmarks.accuracy.run import recorded, row
 from benchmarks.accuracy.table import tables
+
+HERE = Path(__file__).parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--rows", nargs="*", default=[], help="recipes; default: all of Omniglot 5-way, of sinusoids")
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="where the runs lie")
-    parser.add_argument("--table", type=Path, help="where the Markdown goes; default: OUTPUT/RESULTS.md")
+    parser.add_argument("--record", type=Path, default=HERE / "measured", help="where a finished row's numbers lie")
+    parser.add_argument("--table", type=Path, default=HERE / "RESULTS.md", help="where the Markdown goes")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for every row")
     given = parser.parse_intermixed_args()
     given.output.mkdir(parents=True, exist_ok=True)
@@ -27,13 +30,13 @@ def main() -> None:
         f"Machine: {os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
         f"torch {torch.__version__}."
     )
-    found = []
+    found = {name: known for name in rows([]) if (known := recorded(name, given.record, given.overrides))}
     for name in rows(given.rows):
         print(f"row {name}", file=sys.stderr, flush=True)
-        found.append(row(name, given.output, given.overrides))
+        found[name] = row(name, given.output, given.record, given.overrides)
         # Written after each row: what is there is there.
-        (given.table or given.output / "RESULTS.md").write_text(tables(found, machine))
-    print(tables(found, machine))
+        given.table.write_text(tables(list(found.values()), machine))
+    print(tables(list(found.values()), machine))
 
 
 if __name__ == "__main__":

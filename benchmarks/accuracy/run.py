@@ -16,19 +16,25 @@ from benchmarks.accuracy.rows import SINUSOID, SINUSOID_SHOTS
 from raymeta.config import load_config
 
 
-def row(recipe: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """What the recipe reaches; from the folder where it is known already.
+def recorded(recipe: str, record: Path, overrides: list[str]) -> dict[str, Any] | None:
+    """What `record` knows of the recipe, if it is of the same configuration."""
+    known = record / f"{recipe}.json"
+    if not known.is_file():
+        return None
+    found: dict[str, Any] = json.loads(known.read_text())
+    return found if found["state"] == _state(recipe, overrides) else None
+
+
+def row(recipe: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:
+    """What the recipe reaches; from `record` where it is known already. The run lies in `folder`.
 
     Returns:
         The command, seconds of training (the sum over all starts), outer steps, and the test records.
     """
+    if known := recorded(recipe, record, overrides):
+        return known
     place = folder / recipe
-    known = place / "row.json"
     state = _state(recipe, overrides)
-    if known.is_file():
-        found: dict[str, Any] = json.loads(known.read_text())
-        if found["state"] == state:
-            return found
     clock = folder / f"{recipe}.seconds.json"
     before = json.loads(clock.read_text()) if clock.is_file() else {"state": state, "seconds": 0.0}
     if before["state"] != state and place.exists():
@@ -40,8 +46,8 @@ def row(recipe: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
     finally:
         before["seconds"] += time.perf_counter() - started
         clock.write_text(json.dumps(before))
-    test = _last_test(place)
-    found = {
+    test = last_test(place)
+    found: dict[str, Any] = {
         "state": state,
         "recipe": recipe,
         "command": "raymeta " + " ".join(command),
@@ -53,7 +59,8 @@ def row(recipe: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
     }
     if recipe.startswith(SINUSOID):
         found["shots"] = {str(shots): _evaluated(place, shots) for shots in SINUSOID_SHOTS}
-    known.write_text(json.dumps(found, indent=1))
+    record.mkdir(parents=True, exist_ok=True)
+    (record / f"{recipe}.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -63,12 +70,13 @@ def _state(recipe: str, overrides: list[str]) -> str:
     return hashlib.sha256(resolved.encode()).hexdigest()[:16]
 
 
-def _last_test(place: Path) -> dict[str, Any]:
+def last_test(place: Path) -> dict[str, Any]:
+    """The last test record of a run for each kind of statistics ("batch", "support")."""
     records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-    tests: list[dict[str, Any]] = [record for record in records if record.get("kind") == "test"]
+    tests = {record["statistics"]: record for record in records if record.get("kind") == "test"}
     if not tests:
         raise SystemExit(f"{place}/metrics.jsonl has no test record; the training ended before its test")
-    return tests[-1]
+    return tests
 
 
 def _evaluated(place: Path, shots: int) -> dict[str, Any]:

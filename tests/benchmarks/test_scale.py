@@ -47,8 +47,8 @@ def test_parts_of_a_step_are_measured_and_make_a_page() -> None:
     for row in rows:
         assert row["compute_slowest"] > 0
         assert row["total"] >= row["compute_slowest"] + row["update"]
-        # The first-order MAML of eight tasks in eight leaves: a whole tree from one worker, two halves from two.
-        assert row["received_bytes"] == 4 * row["parameters"] * row["workers"]
+        # A whole tree of eight leaves from one worker; two halves from two, or more parts where one was slow.
+        assert row["workers"] <= row["received_bytes"] / (4 * row["parameters"]) <= local.TASKS
     text = predict.page(rows)
     assert text.count("| 512 |") == 3
 

@@ -1,0 +1,56 @@
+"""The table of accuracies: rows are run by the command line, kept, and not run again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.accuracy.rows import rows
+
+PROJECT = Path(__file__).parents[2]
+ROWS = ["omniglot-5w1s-nearest-neighbour", "sinusoid-10s-nearest-neighbour"]
+FEWER = ["evaluation.tasks=4", "evaluation.test_tasks=8", "workers.backend=local"]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    places = ["--output", folder / "runs", "--record", folder / "rows", "--table", folder / "RESULTS.md"]
+    command = [sys.executable, "-m", "benchmarks.accuracy", *places, "--rows", *arguments]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.timeout(240)
+def test_rows_are_run_once_and_make_both_tables(tmp_path: Path) -> None:
+    done = run(tmp_path, *ROWS, "--", *FEWER)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "RESULTS.md").read_text()
+    found = json.loads((tmp_path / "rows" / f"{ROWS[0]}.json").read_text())
+    assert found["test"].keys() == {"batch", "support"}
+    assert found["test"]["batch"]["episodes"] == 8
+    shown = f"{100 * found['test']['batch']['mean']:.2f} ± {100 * found['test']['batch']['ci95']:.2f}"
+    assert any(ROWS[0] in line and shown in line for line in table.splitlines())
+    regression = json.loads((tmp_path / "rows" / f"{ROWS[1]}.json").read_text())
+    assert regression["shots"].keys() == {"5", "10", "20"}
+    # The same command again computes nothing: a run would need the folder that is not there any more.
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    again = run(tmp_path, *ROWS, "--", *FEWER)
+    assert again.returncode == 0, again.stderr
+    assert not list((tmp_path / "runs").iterdir())
+    assert (tmp_path / "RESULTS.md").read_text() == table
+
+
+def test_unknown_rows_are_refused() -> None:
+    with pytest.raises(SystemExit, match="no such rows: nonsense"):
+        rows(["nonsense"])
+
+
+def test_recorded_rows_are_of_the_recipes_as_they_are() -> None:
+    """A figure in the table belongs to the recipe that ships: after a change it is measured again, or taken out."""
+    from benchmarks.accuracy.run import recorded
+
+    folder = PROJECT / "benchmarks" / "accuracy" / "measured"
+    for file in folder.glob("*.json"):
+        assert recorded(file.stem, folder, []) is not None, f"{file.name} is of another configuration"
