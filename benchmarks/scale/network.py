@@ -25,8 +25,10 @@ from statistics import median
 from typing import Any
 
 import ray
+from ray._private.state import actors  # ray.util.state asks the dashboard, which is not started here
 from torch import nn
 
+from benchmarks.scale import local
 from benchmarks.scale.links import address, inside, machines
 from raymeta.algorithms.maml import MAML
 from raymeta.meta_gradient import MetaGradient
@@ -53,30 +55,19 @@ class Waiting(MAML):
     slow_factor: float = 1.0
 
     def meta_gradient(self, model: nn.Module, params: Params, batch: Any, step: int) -> MetaGradient:
-        place = os.environ.get("RAYMETA_BENCHMARK_PLACE")
-        if place is None:
-            place = os.environ["RAYMETA_BENCHMARK_PLACE"] = str(_place())
-        time.sleep(CHUNK_SECONDS * (self.slow_factor if int(place) == self.slow else 1.0))
+        time.sleep(CHUNK_SECONDS * (self.slow_factor if _place() == self.slow else 1.0))
         return super().meta_gradient(model, params, batch, step)
 
 
+@functools.cache
 def _place() -> int:
-    """This worker's number among the actors of the pool, by their ids."""
-    mine = ray.get_runtime_context().get_actor_id()
-    actors = sorted(each["actor_id"] for each in _actors())
-    return actors.index(mine)
-
-
-def _actors() -> list[dict[str, Any]]:
-    from ray._private.state import actors
-
-    return [{"actor_id": name} for name, each in actors().items() if each["State"] == "ALIVE"]
+    """This worker's number among the living actors, by their ids."""
+    living = sorted(name for name, each in actors().items() if each["State"] == "ALIVE")
+    return living.index(ray.get_runtime_context().get_actor_id())
 
 
 def parts(parameters: int, slow_factor: float) -> WorkerParts:
-    from benchmarks.scale.local import parts as plain
-
-    made = plain(parameters)
+    made = local.parts(parameters)
     learner = Waiting(
         loss=made.source.loss,
         metric=made.source.metric,
@@ -212,9 +203,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         slow = row.get("slow_factor", 1.0)
         said = "" if slow == 1.0 else f"{slow:g}x, its work " + ("moves" if row.get("moves", True) else "stays")
-        parts_ = " | ".join(
-            f"{1e3 * row[name]:.1f}" for name in ("broadcast", "compute_slowest", "gather", "add", "total")
-        )
+        parts_ = " | ".join(f"{1e3 * row[name]:.1f}" for name in PARTS)
         lines.append(
             f"| {'-' if row['megabits'] is None else format(row['megabits'], ',')} | {row['milliseconds']:g} ms | "
             f"{row['parameters']:,} | {row['aggregation']} | {said} | {parts_} | {row['received_bytes'] / 1e6:.1f} |"
