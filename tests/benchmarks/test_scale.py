@@ -47,7 +47,7 @@ def test_parts_of_a_step_are_measured_and_make_a_page() -> None:
     for row in rows:
         assert row["compute_slowest"] > 0
         assert row["total"] >= row["compute_slowest"] + row["update"]
-        # A whole tree of eight leaves from one worker, two halves from two, more parts where one was slow to come or go.
+        # A whole tree of eight leaves from one worker, two halves from two, more parts where one is slow.
         assert 1 <= row["received_bytes"] / (4 * row["parameters"]) <= local.TASKS
     text = predict.page(rows)
     assert text.count("| 512 |") == 3
