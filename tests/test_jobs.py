@@ -218,7 +218,7 @@ SEARCH = """
 run:
   recipe: job.yaml
   outer: {steps: 40}
-  workers: {backend: local}
+  workers: {backend: local, count: null}
   evaluation: {every_steps: 20}
 search:
   algorithm.inner_rate: {grid: [0.005, 0.02]}
