@@ -51,6 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of one command."""
     try:
         commands(arguments, prog_name="raymeta", standalone_mode=False)
+        sys.stdout.flush()  # a reader that is gone is met here, not when the interpreter ends
     except click.exceptions.NoArgsIsHelpError as error:
         error.show(sys.stderr)
         return EXIT_INPUT
