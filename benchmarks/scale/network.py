@@ -55,11 +55,11 @@ class Waiting(MAML):
     slow_factor: float = 1.0
 
     def meta_gradient(self, model: nn.Module, params: Params, batch: Any, step: int) -> MetaGradient:
-        time.sleep(CHUNK_SECONDS * (self.slow_factor if _place() == self.slow else 1.0))
+        slowed = self.slow is not None and _place() == self.slow
+        time.sleep(CHUNK_SECONDS * (self.slow_factor if slowed else 1.0))
         return super().meta_gradient(model, params, batch, step)
 
 
-@functools.cache
 def _place() -> int:
     """This worker's number among the living actors, by their ids."""
     living = sorted(name for name, each in actors().items() if each["State"] == "ALIVE")
