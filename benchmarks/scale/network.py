@@ -11,9 +11,11 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ from ray._private.state import actors  # ray.util.state asks the dashboard, whic
 from torch import nn
 
 from benchmarks.scale import local
-from benchmarks.scale.links import address, inside, machines
+from benchmarks.scale.links import address, inside, machines, unavailable
 from raymeta.algorithms.maml import MAML
 from raymeta.meta_gradient import MetaGradient
 from raymeta.params import ParameterLayout, Params
@@ -87,24 +89,14 @@ def measure(
     made = parts(parameters, slow_factor)
     start = made.learner.init(made.model, 0)
     flat = ParameterLayout.of(start).flatten(start)
-    deadlines = Deadlines() if moves else Deadlines(straggler_factor=1e6)
+    deadlines = Deadlines() if moves else Deadlines(straggler_factor=1e6, alike=math.inf)
     found = []
     build = functools.partial(parts, parameters, slow_factor)
     settings = WorkerSettings(device="cpu")
     with RayPool(build, settings, 1, 4, cpus_per_worker=1, deadlines=deadlines, aggregation=aggregation) as pool:
         for step in range(WARM_UP + steps):
             pool.meta_gradient(flat, step, range(step * TASKS, (step + 1) * TASKS))
-            part = pool.timings
-            found.append(
-                {
-                    "broadcast": part.broadcast_seconds,
-                    "compute_slowest": max(part.compute_seconds.values()),
-                    "gather": part.gather_seconds,
-                    "add": part.add_seconds,
-                    "total": part.total_seconds,
-                    "received_bytes": part.received_bytes,
-                }
-            )
+            found.append(local.step_parts(pool.timings))
     return {name: median(each[name] for each in found[WARM_UP:]) for name in found[0]}
 
 
@@ -165,6 +157,9 @@ def main() -> None:
     if given.inside is not None:
         print(json.dumps(measure(**given.inside)))
         return
+    if reason := unavailable():
+        raise SystemExit(f"namespaces cannot be made here: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out namespaces and processes are removed
     given.output.mkdir(parents=True, exist_ok=True)
     links, sizes, steps = (LINKS[2:3], SIZES[:1], 3) if given.quick else (LINKS, SIZES, 8)
     rows: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from raymeta.workers.ray_errors import LOST, NO_ROOM, cause_of, no_room
 from raymeta.workers.ray_node_sums import NodeSums
 from raymeta.workers.ray_parameters import Parameters
 from raymeta.workers.ray_worker import NotSetUp
-from raymeta.workers.reduction import assign_by_node
+from raymeta.workers.reduction import assign_by_node, assign_by_pace
 from raymeta.workers.worker import DeviceError
 
 logger = logging.getLogger(__name__)
@@ -100,19 +100,37 @@ class Dispatch:
         idle = [member for member in self._crew.members if member.idle]
         if not open_units or not idle:
             return
-        nodes = self._crew.by_node(idle)
-        workers = [len(node) for node in nodes] + ([len(current)] if current else [])
         first, ahead = not self.seconds, []
-        for node, shares in zip(nodes, assign_by_node(len(open_units), workers), strict=False):
-            for member, share in zip(node, shares, strict=True):
-                units = tuple(open_units[share.start : share.stop][: self._job.units_per_call])
-                if units:
-                    self._call(member, units)
-                    ahead.append((member, self._job.next_batches(units)))
+        for member, share in self._shares(len(open_units), idle, len(current)):
+            units = tuple(open_units[share.start : share.stop][: self._job.units_per_call])
+            if units:
+                self._call(member, units)
+                ahead.append((member, self._job.next_batches(units)))
         for member, batches in ahead:  # only now: all of them are computing while these are sent
             if first and batches:
                 # Runs after the result is on its way, while the driver updates the parameters.
                 member.actor.prepare.remote(batches)
+
+    def _shares(self, units: int, idle: Sequence[Member], busy: int) -> list[tuple[Member, range]]:
+        """Contiguous shares: equal ones where workers are alike, else by how fast each is. Workers that are `busy` with
+        parts of this job are left as much as an equal share."""
+        nodes = self._crew.by_node(idle)
+        members = [member for node in nodes for member in node]
+        kind = self._job.kind
+        # Where calls take parts of a share, a faster worker comes for more of them by itself.
+        by_call = self._job.units_per_call < units
+        unit_seconds = None
+        if not busy and not by_call:
+            unit_seconds = self._pace.unit_seconds(kind, [member.number for member in members])
+        if unit_seconds is None:
+            by_node = assign_by_node(units, [len(node) for node in nodes] + ([busy] if busy else []))
+            shares = [share for shares in by_node for share in shares]
+            return list(zip(members, shares, strict=False))
+        shares = assign_by_pace(units, unit_seconds)
+        for member, share in zip(members, shares, strict=True):
+            if not share:
+                self._pace.passed_over(kind, member.number)
+        return list(zip(members, shares, strict=True))
 
     def _call(self, member: Member, units: tuple[int, ...]) -> None:
         job, now = self._job, time.monotonic()
@@ -169,6 +187,7 @@ class Dispatch:
             raise RunError(f"worker {member.number} in {self._job.what} failed: {first_line(error)}") from error
         if not call.adds:
             self._pace.measured(call.kind, len(call.units), time.monotonic() - call.started)
+            self._pace.computed(call.kind, member.number, len(call.units), seconds)
         if call.number != self._number:
             return  # the job that it was for has ended
         if call.adds:
@@ -219,6 +238,7 @@ class Dispatch:
             *(member.number, member.where, self._job.what, reason),
         )
         self._crew.lose(member, reason, kill)
+        self._pace.forget(member.number)
         if call.number != self._number:
             return
         if call.adds:

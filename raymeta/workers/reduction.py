@@ -95,6 +95,17 @@ def assign_by_node(chunks: int, workers: Sequence[int]) -> list[list[range]]:
     return shares
 
 
+def assign_by_pace(chunks: int, unit_seconds: Sequence[float]) -> list[range]:
+    """A contiguous share for each worker, of which one unit takes so many seconds: the last to be done is done as early
+    as can be. A worker whose first unit would end last of all gets none."""
+    sizes = [0] * len(unit_seconds)
+    for _ in range(chunks):
+        ends = [(size + 1) * seconds for size, seconds in zip(sizes, unit_seconds, strict=True)]
+        sizes[ends.index(min(ends))] += 1
+    edges = list(itertools.accumulate(sizes, initial=0))
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
 def _alignment(number: int) -> int:
     """The largest power of two that divides `number` (which is positive)."""
     return number & -number

@@ -22,6 +22,23 @@ def test_deadlines_follow_the_median_of_the_measured_times():
     assert pace.straggler_seconds("map", 1) == 0.1
 
 
+def test_shares_follow_the_pace_of_each_worker():
+    pace = Pace(Deadlines(alike=1.5))
+    assert pace.unit_seconds("step", [0, 1, 2]) is None
+    for _ in range(3):
+        pace.computed("step", 0, 2, 2.0)
+        pace.computed("step", 1, 4, 5.6)
+    assert pace.unit_seconds("step", [0, 1, 2]) is None  # 1.4 times as slow: alike
+    for seconds in (3.0, 3.0, 90.0, 3.0):
+        pace.computed("step", 2, 1, seconds)
+    assert pace.unit_seconds("step", [2, 0, 3]) == [3.0, 1.0, 2.0]  # of an unknown one nothing is held against it
+    assert pace.unit_seconds("map", [0, 2]) is None
+    pace.passed_over("step", 2)
+    assert pace.unit_seconds("step", [0, 2]) == pytest.approx([1.0, 2.7])
+    pace.forget(2)
+    assert pace.unit_seconds("step", [0, 2]) is None
+
+
 @pytest.mark.parametrize(
     ("bundle", "room", "expected"),
     [

@@ -16,6 +16,7 @@ from raymeta.workers.reduction import (
     add_up,
     assign,
     assign_by_node,
+    assign_by_pace,
     chunk_count,
     chunk_slices,
     maximal_subtrees,
@@ -166,3 +167,21 @@ def test_what_a_node_sends_does_not_depend_on_its_workers(nodes):
     }
     most = max(sent[1]) if nodes == 3 else 1
     assert all(max(each) <= most for each in sent.values()), sent
+
+
+@given(
+    chunks=st.integers(0, 60),
+    unit_seconds=st.lists(st.floats(0.01, 10.0, allow_nan=False), min_size=1, max_size=5),
+)
+def test_shares_by_pace_end_as_early_as_can_be(chunks: int, unit_seconds: list[float]) -> None:
+    shares = assign_by_pace(chunks, unit_seconds)
+    assert [unit for share in shares for unit in share] == list(range(chunks))
+    end = max(len(share) * seconds for share, seconds in zip(shares, unit_seconds, strict=True))
+    # In any shorter time all workers together finish fewer chunks.
+    shorter = end * (1 - 1e-9)
+    assert chunks == 0 or sum(int(shorter / seconds) for seconds in unit_seconds) < chunks
+
+
+def test_shares_by_pace() -> None:
+    assert assign_by_pace(16, [0.4, 0.1, 0.1, 0.1]) == [range(0, 1), range(1, 6), range(6, 11), range(11, 16)]
+    assert assign_by_pace(2, [1.0, 2.5]) == [range(0, 2), range(2, 2)]
