@@ -23,6 +23,8 @@ from PIL import Image
 
 import raymeta
 from raymeta import build, cli
+from raymeta.cli import training
+from raymeta.cli.signals import answered_signals
 from raymeta.data.omniglot import open_omniglot
 from raymeta.run_directory import RunDirectory
 from raymeta.yaml_text import dump
@@ -167,7 +169,7 @@ def test_the_precision_of_a_run_is_recorded_once(tmp_path: Path, raymeta_cli: Ca
         yield lambda: signal.SIGTERM
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cli, "answered_signals", contextmanager(stopped_at_once))
+        patched.setattr(training, "answered_signals", contextmanager(stopped_at_once))
         assert raymeta_cli("train", *arguments, "--run-dir", place).code == 143
     assert RunDirectory(place).steps() == [0]
     assert raymeta_cli("train", *arguments, "--run-dir", place, "--resume").code == 0
@@ -179,7 +181,7 @@ def test_the_precision_of_a_run_is_recorded_once(tmp_path: Path, raymeta_cli: Ca
 def test_a_second_signal_is_not_waited_for(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     @cli.commands.command("twice", hidden=True)
     def twice() -> None:
-        with cli.answered_signals() as stop:
+        with answered_signals() as stop:
             signal.raise_signal(signal.SIGINT)
             assert stop() == signal.SIGINT
             signal.raise_signal(number)

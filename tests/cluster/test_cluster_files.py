@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from raymeta import cli
+from raymeta.cli.group import source_and_overrides
 from raymeta.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -350,7 +351,7 @@ def test_entrypoints_parse_with_our_own_command_line(where: str, arguments: list
     name, *rest = arguments
     command = cli.commands.commands[name]
     context = command.make_context(name, list(rest))
-    source, overrides = cli._source_and_overrides(context.params["arguments"])
+    source, overrides = source_and_overrides(context.params["arguments"])
     config = load_config(source, overrides)
     assert config.workers.backend == "ray"
     assert context.params["resume"] is True

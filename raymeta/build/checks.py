@@ -1,0 +1,141 @@
+"""What can be checked before a worker starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import nn
+
+from raymeta.algorithms import Learner, Statistics
+from raymeta.algorithms.gradient_learner import GradientLearner
+from raymeta.build.errors import told
+from raymeta.build.fits import with_fits
+from raymeta.build.models import make_model_and_learner
+from raymeta.build.running import evaluation_settings
+from raymeta.build.sources import describe_source, evaluation_changes, make_evaluation_source, make_source, with_changes
+from raymeta.config import Config
+from raymeta.episodes import Episodes
+from raymeta.errors import InputError
+from raymeta.evaluation import evaluate_tasks
+from raymeta.params import Params, model_params
+from raymeta.tasks.source import SPLITS, TaskSource
+from raymeta.workers.worker import WorkerParts
+
+
+def check(config: Config) -> WorkerParts:
+    """Builds everything once in this process and checks what can be checked before a worker starts.
+
+    Raises:
+        InputError: settings, data or model that do not fit each other.
+    """
+    source = make_source(config)
+    evaluation_source = make_evaluation_source(config, source)
+    _check_tasks(config, source, SPLITS[:1])
+    try:
+        _check_tasks(config, evaluation_source, SPLITS[1:])
+    except InputError as error:
+        changes = evaluation_changes(config)
+        raise (with_changes(error, changes) if changes else error) from error
+    model, learner = make_model_and_learner(config, describe_source(source))
+    if learner.needs_head and evaluation_source.outputs != source.outputs:
+        raise InputError(
+            f"evaluation.ways={evaluation_source.outputs}, but algorithm.name={config.algorithm.name} has a head of "
+            f"{source.outputs} ways (tasks.ways). Set both alike, or use a learner that compares embeddings."
+        )
+    params = learner.init(model, config.seed)
+    if isinstance(learner, GradientLearner):
+        learner.fast_names(tuple(model_params(params)))
+    _check_learner(config, with_fits(config, source), model, learner, params)
+    parts = WorkerParts(with_fits(config, source), evaluation_source, model, learner)
+    _check_evaluation(config, parts, params)
+    return parts
+
+
+def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner: Learner, params: Params) -> None:
+    """One task through the whole learner: what it cannot do with this model is said here, not by the workers.
+
+    Raises:
+        InputError: it fails, as with a layer that has no second derivative.
+    """
+    like = next(iter(params.values()))
+    batch = source.tasks(SPLITS[0], [0]).to(like.device, like.dtype)
+    if learner.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise InputError(
+            "algorithm.compile=True, but there is no C++ compiler (g++, or what CXX names) on this machine; install "
+            "one, or set algorithm.compile=False"
+        )
+    try:
+        # Compiled by the workers, for the shape of their chunks: a single task would be compiled for nothing.
+        dataclasses.replace(learner, compile=False).meta_gradient(model, params, batch, step=0)
+    except InputError:
+        raise
+    except Exception as error:  # the user's model may raise anything
+        raise InputError(
+            f"model.name={config.model.name} fails with algorithm.name={config.algorithm.name} on training task 0: "
+            f"{told(error)}"
+        ) from error
+
+
+def _check_evaluation(config: Config, parts: WorkerParts, params: Params) -> None:
+    """One validation task through adaptation and both kinds of prediction, by one inner step where there are more.
+
+    Raises:
+        InputError: it fails, as with a batch norm that is given a single row.
+    """
+    steps = evaluation_settings(config).inner_steps
+    try:
+        evaluate_tasks(parts, params, "validation", [0], None if steps is None else min(steps, 1), get_args(Statistics))
+    except Exception as error:  # the user's model may raise anything
+        said = str(error) if isinstance(error, InputError) else told(error)
+        own = {name: getattr(config.evaluation, name) for name in ("ways", "shots", "queries")}
+        where = ", ".join(
+            f"evaluation.{name}={value}" if value is not None else f"tasks.{name}={config.tasks.arguments[name]}"
+            for name, value in own.items()
+            if value is not None or name in config.tasks.arguments
+        )
+        place = f"validation task 0 ({where})" if where else "validation task 0"
+        raise InputError(
+            f"model.name={config.model.name} fails with algorithm.name={config.algorithm.name} on {place}: "
+            f"{said.rstrip('.')}. Training alone would go, but every test measures both kinds of statistics: change "
+            "the model, or what evaluation has otherwise than training (evaluation.ways, shots, queries)."
+        ) from error
+
+
+def _check_tasks(config: Config, source: TaskSource, splits: Sequence[str]) -> None:
+    """What the source itself can check, and one task of each split: shapes, labels, numbers.
+
+    Raises:
+        InputError: naming the split and what is wrong with its first task.
+    """
+    demand = getattr(source, "check", None)
+    if demand is not None:
+        demand(splits)
+    for split in splits:
+        where = f"tasks.name={config.tasks.name}: task 0 of split {split!r}"
+        try:
+            batch = source.tasks(split, [0])
+        except InputError:
+            raise
+        except Exception as error:  # the user's task source may raise anything
+            raise InputError(f"{where} cannot be drawn: {told(error)}") from error
+        if not isinstance(batch, Episodes):
+            raise InputError(f"{where} is a {type(batch).__name__}; expected raymeta.episodes.Episodes")
+        found, expected = tuple(batch.support_x.shape[2:]), tuple(source.input_shape)
+        if found != expected:
+            raise InputError(f"{where} has rows of shape {found}, but its input_shape is {expected}")
+        batch = batch.filled()
+        for name, values in vars(batch).items():
+            if values is not None and values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                raise InputError(f"{where} has a value in {name} that is not finite; remove such rows from the data")
+        if source.loss == "cross_entropy":
+            labels = torch.cat([batch.support_y.flatten(), batch.query_y.flatten()])
+            if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= source.outputs:
+                raise InputError(
+                    f"{where} has labels of {labels.dtype} from {labels.min().item()} to {labels.max().item()}; "
+                    f"expected whole numbers from 0 to {source.outputs - 1} (outputs={source.outputs})"
+                )

@@ -1,0 +1,93 @@
+"""Task sources from the configuration, and what is told of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from raymeta.build.errors import told
+from raymeta.config import Config
+from raymeta.errors import InputError, nearest
+from raymeta.metrics import LOSSES, METRICS
+from raymeta.tasks.class_episodes import ClassEpisodes
+from raymeta.tasks.fitted import FittedTasks
+from raymeta.tasks.regression_table import RegressionTable
+from raymeta.tasks.source import TaskSource
+
+
+def make_source(config: Config) -> TaskSource:
+    """The training tasks."""
+    return _made_source(config, {})
+
+
+def make_evaluation_source(config: Config, source: TaskSource) -> TaskSource:
+    """The tasks of validation and test: those of training, but for what `evaluation` sets."""
+    wanted = evaluation_changes(config)
+    return _made_source(config, wanted) if wanted else source
+
+
+def evaluation_changes(config: Config) -> dict[str, int]:
+    """The task source's settings that `evaluation` sets otherwise than training."""
+    values = {name: getattr(config.evaluation, name) for name in ("ways", "shots", "queries")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _made_source(config: Config, changes: Mapping[str, int]) -> TaskSource:
+    """Raises InputError where the constructor refuses its arguments, or what it made is no task source."""
+    made, arguments = config.tasks.part, {**config.tasks.arguments, **changes}
+    if "seed" in inspect.signature(made).parameters:
+        arguments["seed"] = config.seed
+    try:
+        source = made(**arguments)
+    except InputError as error:
+        raise (with_changes(error, changes) if changes else error) from error
+    except Exception as error:  # the user's constructor may raise anything
+        raise InputError(f"tasks.name={config.tasks.name} cannot be made: {told(error)}") from error
+    expected = ("loss", "metric", "outputs", "input_shape", "classes", "tasks", "fingerprint")
+    missing = [name for name in expected if not hasattr(source, name)]
+    if missing:
+        raise InputError(
+            f"tasks.name={config.tasks.name} made a {type(source).__name__} without {', '.join(missing)}; expected a "
+            "task source (raymeta.tasks.source.TaskSource)"
+        )
+    for name, known in (("loss", LOSSES), ("metric", METRICS)):
+        if getattr(source, name) not in known:
+            raise InputError(
+                f"tasks.name={config.tasks.name} has {name}={getattr(source, name)!r}; "
+                f"{nearest(str(getattr(source, name)), known)}"
+            )
+    return source
+
+
+def with_changes(error: InputError, changes: Mapping[str, int]) -> InputError:
+    """The task source's own sentence, which says `tasks.`, with what `evaluation` set."""
+    settings = ", ".join(f"evaluation.{name}={value}" for name, value in changes.items())
+    return InputError(f"{error} (in validation and test, with {settings})")
+
+
+def describe_source(source: TaskSource) -> dict[str, Any]:
+    """What a result must know of the tasks that it was trained on, as JSON: it is used without their data."""
+    source = source.source if isinstance(source, FittedTasks) else source
+    data = source.data if isinstance(source, ClassEpisodes) else None
+    return {
+        "input_shape": list(source.input_shape),
+        "outputs": source.outputs,
+        "loss": source.loss,
+        "metric": source.metric,
+        "training_classes": source.classes,
+        "images": data is not None and data.dtype == np.uint8,
+        "inverted": data is not None and data.info.inverted,
+        "features": list(data.info.features if data is not None else getattr(source, "feature_names", ())),
+        "targets": list(getattr(source, "targets", ())),
+        "standardisation": _standardisation(source),
+    }
+
+
+def _standardisation(source: TaskSource) -> dict[str, Any] | None:
+    """What the task source did to features and targets, which a new task's rows need too; None: nothing."""
+    if not isinstance(source, RegressionTable) or source.standardise == "none":
+        return None
+    return {name: value.tolist() for name, value in vars(source.standardisation).items()}
