@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+import torch
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)  # several such processes share the cores
 
 # Actors that test faults and worker counts are small: there are more of them than cores.
 CLUSTER_CPUS = 4

@@ -16,7 +16,9 @@ NODE = "_RectifyBackward"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("function", [F.relu, torch.relu, Tensor.relu, nn.ReLU()], ids=str)
+@pytest.mark.parametrize(
+    "function", [F.relu, torch.relu, Tensor.relu, nn.ReLU()], ids=["functional", "torch", "method", "module"]
+)
 @pytest.mark.parametrize("dim", [0, 2])
 def test_the_same_bits_as_the_general_path(compared: Any, function: Any, dim: int, dtype: torch.dtype) -> None:
     x = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
