@@ -21,21 +21,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--rows", nargs="*", default=[], help="recipes; default: all of Omniglot 5-way, of sinusoids")
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="where the runs lie")
-    parser.add_argument("--record", type=Path, default=HERE / "measured", help="where a finished row's numbers lie")
-    parser.add_argument("--table", type=Path, default=HERE / "RESULTS.md", help="where the Markdown goes")
+    shipped = "default: beside this file; with overrides, in OUTPUT"
+    parser.add_argument("--record", type=Path, help=f"where a finished row's numbers lie; {shipped}")
+    parser.add_argument("--table", type=Path, help=f"where the Markdown goes; {shipped}")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for every row")
     given = parser.parse_intermixed_args()
     given.output.mkdir(parents=True, exist_ok=True)
+    home = given.output if given.overrides else HERE  # what ships is of the recipes as they are
+    record, table = given.record or home / "measured", given.table or home / "RESULTS.md"
     machine = (
         f"Machine: {os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
         f"torch {torch.__version__}."
     )
-    found = {name: known for name in rows([]) if (known := recorded(name, given.record, given.overrides))}
+    found = {name: known for name in rows([]) if (known := recorded(name, record, given.overrides))}
     for name in rows(given.rows):
-        print(f"row {name}", file=sys.stderr, flush=True)
-        found[name] = row(name, given.output, given.record, given.overrides)
-        # Written after each row: what is there is there.
-        given.table.write_text(tables(list(found.values()), machine))
+        if name not in found:
+            print(f"row {name}", file=sys.stderr, flush=True)
+            found[name] = row(name, given.output, record, given.overrides)
+        table.write_text(tables(list(found.values()), machine))  # after each row: what is there is there
     print(tables(list(found.values()), machine))
 
 

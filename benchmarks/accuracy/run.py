@@ -26,13 +26,11 @@ def recorded(recipe: str, record: Path, overrides: list[str]) -> dict[str, Any] 
 
 
 def row(recipe: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:
-    """What the recipe reaches; from `record` where it is known already. The run lies in `folder`.
+    """What the recipe reaches, kept in `record`. The run lies in `folder`.
 
     Returns:
         The command, seconds of training (the sum over all starts), outer steps, and the test records.
     """
-    if known := recorded(recipe, record, overrides):
-        return known
     place = folder / recipe
     state = _state(recipe, overrides)
     clock = folder / f"{recipe}.seconds.json"
@@ -46,7 +44,7 @@ def row(recipe: str, folder: Path, record: Path, overrides: list[str]) -> dict[s
     finally:
         before["seconds"] += time.perf_counter() - started
         clock.write_text(json.dumps(before))
-    test = last_test(place)
+    test = _last_tests(place)
     found: dict[str, Any] = {
         "state": state,
         "recipe": recipe,
@@ -70,7 +68,7 @@ def _state(recipe: str, overrides: list[str]) -> str:
     return hashlib.sha256(resolved.encode()).hexdigest()[:16]
 
 
-def last_test(place: Path) -> dict[str, Any]:
+def _last_tests(place: Path) -> dict[str, Any]:
     """The last test record of a run for each kind of statistics ("batch", "support")."""
     records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     tests = {record["statistics"]: record for record in records if record.get("kind") == "test"}

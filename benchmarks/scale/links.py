@@ -11,10 +11,13 @@ import array
 import contextlib
 import fcntl
 import multiprocessing
+import os
 import select
+import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -27,6 +30,16 @@ BUFFER_BYTES = 64 << 20
 ETHERTYPE_ALL = 3
 # linux/ethtool.h, linux/sockios.h: checksums are made by the sender, frames are not joined to larger ones.
 SIOCETHTOOL, SET_TX_CHECKSUM, SET_TSO, SET_GSO, SET_GRO = 0x8946, 0x17, 0x1F, 0x24, 0x2C
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot have them, in one sentence; None: it can."""
+    if sys.platform != "linux":
+        return f"they are Linux's, this is {sys.platform}"
+    missing = [command for command in ("ip", "tc") if shutil.which(command) is None]
+    if missing:
+        return f"{' and '.join(missing)} of iproute2 is not installed"
+    return None if os.geteuid() == 0 else "this needs root"
 
 
 def address(machine: int) -> str:
@@ -48,7 +61,7 @@ def machines(count: int, megabits: float | None, milliseconds: float) -> Iterato
         milliseconds: that machine 0's link holds frames back in each direction.
 
     Raises:
-        PermissionError, FileNotFoundError: not root; no `ip` or `tc` here.
+        PermissionError: the kernel refuses (see `unavailable` for what can be known before).
     """
     holder: Any = None
     try:
@@ -106,7 +119,7 @@ def _limit(link: str, megabits: float) -> None:
 def _run(*command: str) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise PermissionError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()} (this needs root)")
+        raise PermissionError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def _plain_frames(link: str) -> None:

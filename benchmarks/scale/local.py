@@ -11,16 +11,15 @@ import time
 from statistics import median
 from typing import Any
 
-import torch
-
 from raymeta.algorithms.maml import MAML
 from raymeta.models.mlp import MLP
 from raymeta.outer_optimizer import OuterOptimizer, OuterSettings
 from raymeta.params import ParameterLayout
 from raymeta.tasks.sinusoid import Sinusoid
+from raymeta.workers.pool import StepTimings
 from raymeta.workers.ray_node_sums import Aggregation
 from raymeta.workers.ray_pool import RayPool
-from raymeta.workers.worker import WorkerParts, WorkerSettings
+from raymeta.workers.worker import WorkerParts, WorkerSettings, torch_threads
 
 TASKS = 8
 WARM_UP = 2
@@ -45,32 +44,34 @@ def measure(parameters: int, workers: int, steps: int, aggregation: Aggregation 
     settings = OuterSettings(tasks_per_step=TASKS)
     optimizer = OuterOptimizer(flat, layout, settings)
     found: list[dict[str, float]] = []
-    torch.set_num_threads(1)  # as the trainer's own arithmetic
     build = functools.partial(parts, parameters)
     # A fraction of a core: more workers than cores are measured too.
     with RayPool(build, WorkerSettings(device="cpu"), 1, workers, cpus_per_worker=0.1, aggregation=aggregation) as pool:
         for step in range(WARM_UP + steps):
             total = pool.meta_gradient(flat, step, range(step * TASKS, (step + 1) * TASKS))
             started = time.perf_counter()
-            optimizer.apply(total.gradient / TASKS, step)
-            update, part = time.perf_counter() - started, pool.timings
-            found.append(
-                {
-                    "broadcast": part.broadcast_seconds,
-                    "compute_median": median(part.compute_seconds.values()),
-                    "compute_slowest": max(part.compute_seconds.values()),
-                    "gather": part.gather_seconds,
-                    "node_add": part.node_add_seconds,
-                    "add": part.add_seconds,
-                    "update": update,
-                    "received_bytes": part.received_bytes,
-                    "total": part.total_seconds + update,
-                }
-            )
+            with torch_threads(1):  # as the trainer's own arithmetic
+                optimizer.apply(total.mean(), step)
+            update, part = time.perf_counter() - started, step_parts(pool.timings)
+            found.append({**part, "update": update, "total": part["total"] + update})
     medians: dict[str, Any] = {name: median(each[name] for each in found[WARM_UP:]) for name in found[0]}
     # What the driver does by itself: waiting for workers (gather) is not in it.
     medians["driver_share"] = (medians["broadcast"] + medians["add"] + medians["update"]) / medians["total"]
     return {"parameters": flat.numel(), "workers": workers, "aggregation": aggregation, "steps": steps, **medians}
+
+
+def step_parts(timings: StepTimings) -> dict[str, float]:
+    """A step's parts in seconds and bytes, by the names that the tables have."""
+    return {
+        "broadcast": timings.broadcast_seconds,
+        "compute_median": median(timings.compute_seconds.values()),
+        "compute_slowest": max(timings.compute_seconds.values()),
+        "gather": timings.gather_seconds,
+        "node_add": timings.node_add_seconds,
+        "add": timings.add_seconds,
+        "received_bytes": timings.received_bytes,
+        "total": timings.total_seconds,
+    }
 
 
 def driver_limit(rows: list[dict[str, Any]]) -> int | None:

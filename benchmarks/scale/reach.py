@@ -8,15 +8,13 @@ import time
 from statistics import median
 from typing import Any
 
-import torch
-
 from raymeta import build
-from raymeta.config import load_config
+from raymeta.config import Config, load_config
 from raymeta.outer_optimizer import OuterOptimizer, OuterSettings
-from raymeta.params import ParameterLayout
+from raymeta.params import ParameterLayout, Params
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.ray_pool import RayPool
-from raymeta.workers.worker import WorkerSettings, torch_threads
+from raymeta.workers.worker import Build, WorkerSettings, torch_threads
 
 # conv4, 1 inner step, 15 queries a class, 32 tasks: eight chunks of four.
 LARGE = ["tasks.queries=15", "outer.tasks_per_step=32"]
@@ -41,14 +39,17 @@ def reach(steps: int) -> dict[str, Any]:
     }
 
 
+def _problem(overrides: list[str]) -> tuple[Config, Params, Build]:
+    config = load_config("omniglot-5w1s-maml", overrides)
+    params = build.first_params(config, build.check(config))
+    return config, params, functools.partial(build.worker_parts, config.resolved())
+
+
 def _totals(overrides: list[str], workers: int, steps: int) -> tuple[list[float], list[float]]:
     """For each step its seconds, and those beside the slowest worker's computing."""
-    config = load_config("omniglot-5w1s-maml", overrides)
-    parts = build.check(config)
-    params = build.first_params(config, parts)
+    config, params, make = _problem(overrides)
     layout, count = ParameterLayout.of(params), config.outer.tasks_per_step
     flat = layout.flatten(params)
-    make = functools.partial(build.worker_parts, config.resolved())
     optimizer = OuterOptimizer(flat.clone(), layout, OuterSettings(**config.outer.model_dump()))
     totals, beside = [], []
     with RayPool(make, WorkerSettings(device="cpu"), config.chunk_tasks, workers) as pool:
@@ -77,11 +78,8 @@ def _unconnected(processes: int, steps: int) -> float:
 
 
 def _compute(steps: int, barrier: Any, queue: Any) -> None:
-    config = load_config("omniglot-5w1s-maml", LARGE)
-    parts = build.check(config)
-    flat = ParameterLayout.of(params := build.first_params(config, parts)).flatten(params)
-    make = functools.partial(build.worker_parts, config.resolved())
-    torch.set_num_threads(1)
+    config, params, make = _problem(LARGE)
+    flat = ParameterLayout.of(params).flatten(params)
     size, seconds = config.chunk_tasks or 4, []
     with LocalPool(make, WorkerSettings(device="cpu"), size) as pool:
         for step in range(WARM_UP + 4 * steps):

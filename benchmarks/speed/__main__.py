@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     results: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.speed", *arguments]),
+        "commands": [shlex.join(["python", "-m", "benchmarks.speed", *arguments])],
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine,
         "versions": versions(),
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     if options.update:
         before = json.loads(options.output.with_suffix(".json").read_text(encoding="utf-8"))
         results |= {name: before[name] for name in ("workloads", "memory")}
-        results["command"] = f"{before['command']}`, then `{results['command']}"
+        results["commands"] = before["commands"] + results["commands"]
     for name in plan.workloads:
         results["workloads"][name] = run_workload(name, plan, peers, _say)
         _write(options.output, results, started)  # what there is outlives an interrupted run
@@ -93,6 +93,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--threads={options.threads}; expected 1 to {cores()}, the cores that this process may use")
     if options.output is None and not options.quick:
         options.output = Path(__file__).with_name("RESULTS.md")
+    if options.update and (options.output is None or not options.output.with_suffix(".json").is_file()):
+        parser.error(f"--update: there is no earlier run at {options.output}; expected --output FILE.md of one")
     return options
 
 

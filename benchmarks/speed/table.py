@@ -51,9 +51,10 @@ def _head(results: Results) -> str:
     machine = results["machine"]
     quick = "A quick run: fewer tasks and repetitions than the table's.\n" if results["quick"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    commands = ", then ".join(f"`{command}`" for command in results["commands"])
     return f"""# Speed and memory of meta-gradients
 
-Written by `{results["command"]}` on {results["date"]}, in {results["seconds"] / 60:.0f} minutes.
+Written by {commands} on {results["date"]}, in {results["seconds"] / 60:.0f} minutes.
 {quick}Machine: {machine["processor"]}, {machine["cores"]} cores of which {machine["threads"]} are used,
 {machine["memory_gib"]} GiB, {machine["system"]}; load {machine["load_at_start"]} at the start.
 Versions: {versions}.

@@ -13,7 +13,7 @@ from torch import Tensor
 from raymeta.meta_gradient import MetaGradient
 from raymeta.workers.pool import StepTimings, WorkerPool
 from raymeta.workers.reduction import Reducer, chunk_count, chunk_slices, tasks_per_chunk
-from raymeta.workers.worker import Build, Chunk, MapFunction, Worker, WorkerSettings
+from raymeta.workers.worker import Build, Chunk, MapFunction, Worker, WorkerSettings, torch_threads
 
 
 class LocalPool(WorkerPool):
@@ -28,8 +28,9 @@ class LocalPool(WorkerPool):
     """
 
     def __init__(self, build: Build, settings: WorkerSettings | None = None, chunk_tasks: int | None = None) -> None:
-        self._worker = Worker()
-        self.reports = (self._worker.setup(build, settings or WorkerSettings()),)
+        settings = settings or WorkerSettings()
+        self._worker, self._threads = Worker(), settings.threads
+        self.reports = (self._worker.setup(build, settings),)
         self.timings = StepTimings()
         self._versions = itertools.count()
         self._chunk_tasks = chunk_tasks
@@ -41,6 +42,10 @@ class LocalPool(WorkerPool):
         return 1
 
     def meta_gradient(self, params: Tensor, step: int, indices: range) -> MetaGradient:
+        with torch_threads(self._threads):  # the sums too: threads that wait for the next one take a core for a while
+            return self._meta_gradient(params, step, indices)
+
+    def _meta_gradient(self, params: Tensor, step: int, indices: range) -> MetaGradient:
         started = time.perf_counter()
         chunks = chunk_count(len(indices), self._chunk_tasks, self._device)
         slices = chunk_slices(len(indices), chunks)

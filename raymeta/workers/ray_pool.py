@@ -83,8 +83,8 @@ class RayPool(WorkerPool):
         self._warned = False
         self._crew: Crew | None = None
         self.timings = StepTimings()
-        keep_freed_memory()  # the driver's sums and updates are new arrays of the parameters' size in each step
         check_demand(count, cpus_per_worker, gpus_per_worker, wait_seconds)
+        keep_freed_memory()  # the driver's sums and updates are new arrays of the parameters' size in each step
         self._owns_cluster = connect(address)
         try:
             self._gauges = Gauges()
