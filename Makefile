@@ -35,7 +35,8 @@ test: install
 	$(BIN)/python -m pytest -m "not long and ray" $(ARGS) || [ $$? = 5 ]
 
 test-long: install
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "long and not ray" $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m "long and ray" $(ARGS) || [ $$? = 5 ]
 
 $(VENV)/installed-bench: $(VENV)/installed
 	@echo "installing the benchmark's peers into $(VENV)"

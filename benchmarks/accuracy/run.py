@@ -12,31 +12,34 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.rows import SINUSOID, SINUSOID_SHOTS
+from benchmarks.accuracy.rows import SINUSOID, SINUSOID_SHOTS, recipe_of
 from raymeta.config import load_config
 
 
-def recorded(recipe: str, record: Path, overrides: list[str]) -> dict[str, Any] | None:
-    """What `record` knows of the recipe, if it is of the same configuration."""
-    known = record / f"{recipe}.json"
+def recorded(name: str, record: Path, overrides: list[str]) -> dict[str, Any] | None:
+    """What `record` knows of the row, if it is of the same configuration."""
+    known = record / f"{name}.json"
     if not known.is_file():
         return None
+    recipe, own = recipe_of(name)
     found: dict[str, Any] = json.loads(known.read_text())
-    return found if found["state"] == _state(recipe, overrides) else None
+    return found if found["state"] == _state(recipe, [*own, *overrides]) else None
 
 
-def row(recipe: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:
-    """What the recipe reaches, kept in `record`. The run lies in `folder`.
+def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:
+    """What the row's recipe reaches, kept in `record`. The run lies in `folder`.
 
     Returns:
         The command, seconds of training (the sum over all starts), outer steps, and the test records.
     """
-    place = folder / recipe
+    recipe, own = recipe_of(name)
+    overrides = [*own, *overrides]
+    place = folder / name
     state = _state(recipe, overrides)
-    clock = folder / f"{recipe}.seconds.json"
+    clock = folder / f"{name}.seconds.json"
     before = json.loads(clock.read_text()) if clock.is_file() else {"state": state, "seconds": 0.0}
     if before["state"] != state and place.exists():
-        raise SystemExit(f"{place} holds a run with other settings of {recipe}: move it away, or take another --output")
+        raise SystemExit(f"{place} holds a run with other settings of {name}: move it away, or take another --output")
     started = time.perf_counter()
     command = ["train", recipe, *overrides]
     try:
@@ -58,7 +61,7 @@ def row(recipe: str, folder: Path, record: Path, overrides: list[str]) -> dict[s
     if recipe.startswith(SINUSOID):
         found["shots"] = {str(shots): _evaluated(place, shots) for shots in SINUSOID_SHOTS}
     record.mkdir(parents=True, exist_ok=True)
-    (record / f"{recipe}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (record / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -35,14 +35,14 @@ def tables(found: list[dict[str, Any]], machine: str) -> str:
 
 
 def _classification(row: dict[str, Any]) -> str:
-    name, test = row["recipe"], row["test"]
-    figure, source = PAPERS.get(name.removeprefix(OMNIGLOT), ("", ""))
+    test = row["test"]
+    figure, source = PAPERS.get(row["recipe"].removeprefix(OMNIGLOT), ("", ""))
     paper = f"{figure} ({source})" if figure else ""
     steps = test["batch"]["inner_steps"] or "none"
     values = [f"{100 * test[kind]['mean']:.2f} ± {100 * test[kind]['ci95']:.2f}" for kind in ("batch", "support")]
-    return (
-        f"| `{name}` | {row['steps']:,} | {row['seconds'] / 60:.1f} | {steps} | {values[0]} | {values[1]} | {paper} |"
-    )
+    command = row["command"].removeprefix("raymeta train ")
+    minutes = row["seconds"] / 60
+    return f"| `{command}` | {row['steps']:,} | {minutes:.1f} | {steps} | {values[0]} | {values[1]} | {paper} |"
 
 
 def _regression(row: dict[str, Any]) -> str:

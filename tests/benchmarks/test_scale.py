@@ -54,6 +54,7 @@ def test_parts_of_a_step_are_measured_and_make_a_page() -> None:
 
 
 @pytest.mark.skipif(links.unavailable() is not None, reason=f"no network namespaces: {links.unavailable()}")
+@pytest.mark.ray
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_network_benchmark_runs(tmp_path: Path) -> None:
