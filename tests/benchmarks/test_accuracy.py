@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy.rows import recipe_of, rows
+from benchmarks.accuracy.rows import VARIANTS, recipe_of, rows
 from raymeta.config import load_config
 
 PROJECT = Path(__file__).parents[2]
@@ -43,12 +43,11 @@ def test_rows_are_run_once_and_make_both_tables(tmp_path: Path) -> None:
     assert (tmp_path / "RESULTS.md").read_text() == table
 
 
-def test_a_longer_row_is_its_recipe_with_more_steps() -> None:
-    assert "omniglot-5w1s-maml-longer" in rows([])
-    recipe, own = recipe_of("omniglot-5w1s-maml-longer")
-    config, longer = load_config(recipe), load_config(recipe, own)
-    assert longer.outer.steps == 2.4 * config.outer.steps
-    assert longer.outer.steps % longer.evaluation.every_steps == 0  # the last checkpoint is among those validated
+def test_a_variant_is_a_recipe_with_other_settings() -> None:
+    for name, (recipe, own) in VARIANTS.items():
+        assert name in rows([])
+        assert recipe_of(name) == (recipe, own)
+        assert load_config(recipe, own).resolved() != load_config(recipe).resolved()
     assert recipe_of("omniglot-5w1s-maml") == ("omniglot-5w1s-maml", [])
 
 
