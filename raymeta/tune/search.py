@@ -1,4 +1,4 @@
-"""The search itself on Ray Tune: resources, scheduler, searcher, trials, results. The only file of the folder with ray.
+"""The search itself on Ray Tune: resources, searcher, trials, results. This and `schedulers.py` alone know ray here.
 
 Every trial is an actor in a placement group of its own: the first bundle is the trial's process, which drives; the
 others are its Ray workers'. With `workers.backend=local` there is one bundle alone.
@@ -7,11 +7,9 @@ others are its Ray workers'. With `workers.backend=local` there is one bundle al
 from __future__ import annotations
 
 import atexit
-import functools
 import json
 import logging
 import os
-import random
 import shutil
 import tempfile
 import warnings
@@ -22,7 +20,6 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from raymeta import build, yaml_text
@@ -35,7 +32,8 @@ from raymeta.tune.outcome import Trial, best_yaml, ranked
 from raymeta.tune.picture import svg
 from raymeta.tune.placement import Bundle, require_placeable, trial_bundles
 from raymeta.tune.plan import Objective, Plan
-from raymeta.tune.space import Distribution, Range, perturbed
+from raymeta.tune.schedulers import make_scheduler
+from raymeta.tune.space import Distribution, Range
 from raymeta.tune.trial import RECORD, Hopeless, Origin, run_trial
 from raymeta.tune.watch import Progress, Signals, error_line, plain
 from raymeta.workers.ray_cluster import connect
@@ -210,45 +208,6 @@ def _domain(each: Distribution) -> Any:
     if each.kind == "quniform":
         return tune.quniform(each.low, each.high, each.step)
     return {"uniform": tune.uniform, "loguniform": tune.loguniform}[each.kind](each.low, each.high)
-
-
-def make_scheduler(plan: Plan) -> Any:
-    """Ray's scheduler; all of them count in outer steps."""
-    settings = plan.scheduler
-    first = plan.run.evaluation.every_steps
-    if isinstance(settings, sections.Asha):
-        return ASHAScheduler(
-            time_attr="outer_step",
-            max_t=settings.max_t or plan.outer_steps,
-            grace_period=settings.grace_period or min(first, settings.max_t or plan.outer_steps),
-            reduction_factor=settings.reduction_factor,
-            brackets=settings.brackets,
-        )
-    if isinstance(settings, sections.MedianStopping):
-        return MedianStoppingRule(
-            time_attr="outer_step",
-            grace_period=settings.grace_period or first,
-            min_samples_required=settings.min_samples_required,
-        )
-    if isinstance(settings, sections.PopulationBased):
-        return PopulationBasedTraining(
-            time_attr="outer_step",
-            perturbation_interval=settings.perturbation_interval or first,
-            burn_in_period=settings.burn_in_period,
-            quantile_fraction=settings.quantile_fraction,
-            # Ray's own exploration leaves the bounds, and int(1 * 0.8) is 0 inner steps.
-            custom_explore_fn=functools.partial(
-                _explore, plan.space, settings.perturbation_factors, settings.resample_probability
-            ),
-            synch=settings.synch,
-        )
-    return FIFOScheduler()
-
-
-def _explore(
-    space: Mapping[str, Distribution], factors: Sequence[float], resample_probability: float, settings: dict[str, Any]
-) -> dict[str, Any]:
-    return perturbed(plain(settings), space, factors, resample_probability, random.Random())
 
 
 def _searcher(plan: Plan, objective: Objective) -> Any:

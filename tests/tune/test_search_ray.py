@@ -20,7 +20,7 @@ from raymeta.config import load_config
 from raymeta.errors import InputError, RunError
 from raymeta.tune.placement import fits, require_placeable, trial_bundles
 from raymeta.tune.plan import Plan, check, load_plan
-from raymeta.tune.search import run_search
+from raymeta.tune.search import Found, run_search
 from raymeta.tune.trial import run_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -159,6 +159,41 @@ def test_a_search_that_a_signal_ended_is_resumed_with_the_same_bits(tmp_path: Pa
     )
     trial = next(trial for trial in found.trials if trial.settings["outer.rate"] == 1e-2)
     assert trial.value == min(values)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"name": "asha", "grace_period": 2, "reduction_factor": 2},
+        {"name": "median_stopping", "grace_period": 2, "min_samples_required": 1},
+    ],
+    ids=lambda scheduler: scheduler["name"],
+)
+def test_a_resumed_search_stops_whom_it_would_have_stopped(tmp_path: Path, scheduler: dict[str, Any]) -> None:
+    space = {"outer.rate": {"grid": [3e-2, 1e-7, 1e-8]}}
+    plan = sinusoids(space, steps=40, searcher="grid", concurrency=1, scheduler=scheduler)
+    objective = check(plan)
+
+    def states(found: Found) -> list[tuple[str, int | None]]:
+        return [(trial.state, trial.outer_step) for trial in found.trials]
+
+    undisturbed = states(run_search(plan, objective, str(tmp_path / "undisturbed")))
+    assert {state for state, _ in undisturbed} == {"finished", "stopped"}
+
+    directory = tmp_path / "search"
+
+    def first_is_done() -> bool:
+        reports = directory / "reports.json"
+        try:
+            return any(pairs[-1][0] == 40 for pairs in json.loads(reports.read_text()).values())
+        except (FileNotFoundError, ValueError):  # not there yet, or half of it
+            return False
+
+    killer = when(first_is_done, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    ended = run_search(plan, objective, str(directory))
+    killer.join()
+    assert ended.signal == signal.SIGTERM
+    assert states(run_search(plan, objective, str(directory), resume=True)) == undisturbed
 
 
 @pytest.mark.long
