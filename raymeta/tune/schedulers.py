@@ -13,9 +13,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyarrow.fs import FileType
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
 
+from raymeta.storage import Storage
 from raymeta.tune import sections
 from raymeta.tune.plan import Plan
 from raymeta.tune.space import Distribution, perturbed
@@ -81,25 +81,26 @@ class _Reports:
         known[trial.trial_id] = [pair for pair in known.get(trial.trial_id, []) if pair[0] <= until]
         return known[trial.trial_id]
 
-    def note(self, trial: Any, step: int, value: float) -> None:
+    def note(self, trial: Any, result: Mapping[str, Any], metric: str) -> None:
+        """Once: a trial's last report may come a second time with its end. One that ends without any has no metric."""
         known = self._read(trial).setdefault(trial.trial_id, [])
-        if (step, value) in known:
+        if metric not in result or (result[TIME], result[metric]) in known:
             return
-        known.append((step, value))
-        with trial.storage.storage_filesystem.open_output_stream(self._place(trial)) as file:
-            file.write(json.dumps(self._of_trials).encode())
+        known.append((result[TIME], result[metric]))
+        _directory(trial).write(REPORTS, json.dumps(self._of_trials).encode())
 
     def _read(self, trial: Any) -> dict[str, list[tuple[int, float]]]:
         if self._of_trials is None:
-            files, place, self._of_trials = trial.storage.storage_filesystem, self._place(trial), {}
-            if files.get_file_info(place).type == FileType.File:
-                with files.open_input_stream(place) as file:
-                    found = json.loads(file.read())
-                self._of_trials = {name: [tuple(pair) for pair in pairs] for name, pairs in found.items()}
+            directory = _directory(trial)
+            found = json.loads(directory.read(REPORTS)) if directory.has_file(REPORTS) else {}
+            self._of_trials = {name: [(step, value) for step, value in pairs] for name, pairs in found.items()}
         return self._of_trials
 
-    def _place(self, trial: Any) -> str:
-        return f"{trial.storage.experiment_fs_path}/{REPORTS}"
+
+def _directory(trial: Any) -> Storage:
+    """The search's."""
+    context = trial.storage
+    return Storage(context.storage_filesystem, context.experiment_fs_path, context.experiment_fs_path)
 
 
 class _Asha(ASHAScheduler):
@@ -113,12 +114,12 @@ class _Asha(ASHAScheduler):
             super().on_trial_result(tune_controller, trial, {TIME: step, self._metric: value})  # enters its rung
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        self._reports.note(trial, result[TIME], result[self._metric])
+        self._reports.note(trial, result, self._metric)
         answer: str = super().on_trial_result(tune_controller, trial, result)
         return answer
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self._reports.note(trial, result[TIME], result[self._metric])  # some last reports come here alone
+        self._reports.note(trial, result, self._metric)  # some last reports come here alone
         super().on_trial_complete(tune_controller, trial, result)
 
 
@@ -134,10 +135,10 @@ class _MedianStopping(MedianStoppingRule):
             super().on_trial_complete(tune_controller, trial, {TIME: step, self._metric: value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        self._reports.note(trial, result[TIME], result[self._metric])
+        self._reports.note(trial, result, self._metric)
         answer: str = super().on_trial_result(tune_controller, trial, result)
         return answer
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self._reports.note(trial, result[TIME], result[self._metric])  # some last reports come here alone
+        self._reports.note(trial, result, self._metric)  # some last reports come here alone
         super().on_trial_complete(tune_controller, trial, result)
