@@ -7,6 +7,7 @@ a timing: so the sum has the same bits whoever computes which leaves, in whateve
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -99,9 +100,13 @@ def assign_by_pace(chunks: int, unit_seconds: Sequence[float]) -> list[range]:
     """A contiguous share for each worker, of which one unit takes so many seconds: the last to be done is done as early
     as can be. A worker whose first unit would end last of all gets none."""
     sizes = [0] * len(unit_seconds)
+    # When each worker would be done with one unit more.
+    ends = [(seconds, worker) for worker, seconds in enumerate(unit_seconds)]
+    heapq.heapify(ends)
     for _ in range(chunks):
-        ends = [(size + 1) * seconds for size, seconds in zip(sizes, unit_seconds, strict=True)]
-        sizes[ends.index(min(ends))] += 1
+        worker = ends[0][1]
+        sizes[worker] += 1
+        heapq.heapreplace(ends, ((sizes[worker] + 1) * unit_seconds[worker], worker))
     edges = list(itertools.accumulate(sizes, initial=0))
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
