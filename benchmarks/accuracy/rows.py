@@ -25,6 +25,7 @@ SINUSOID_SHOTS = (5, 10, 20)
 # Further rows: a recipe with other settings. "longer" is up to 15 minutes, for what 5 do not bring to its figure.
 VARIANTS = {
     "omniglot-5w1s-maml-longer": ("omniglot-5w1s-maml", ["outer.steps=9000", "evaluation.every_steps=2250"]),
+    "omniglot-5w1s-r2d2-longer": ("omniglot-5w1s-r2d2", ["outer.steps=3500", "evaluation.every_steps=875"]),
     "omniglot-5w1s-maml-bfloat16": ("omniglot-5w1s-maml", ["algorithm.precision=bfloat16"]),
 }
 
