@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks.accuracy.rows import OMNIGLOT, PAPERS, SINUSOID, SINUSOID_PAPERS, SINUSOID_SHOTS
@@ -14,7 +15,7 @@ def tables(found: list[dict[str, Any]], machine: str) -> str:
     lines = [
         "# What each learner reaches",
         "",
-        f"`python -m benchmarks.accuracy`, one row after the other. {machine}",
+        f"`python -m benchmarks.accuracy`. {machine} Minutes are of the whole command, with its test.",
         "",
         "Omniglot, 5-way 1-shot, Vinyals split by character, 1,000 test tasks with 15 queries a class, mean and 95 %",
         "interval, the checkpoint chosen on validation, seed 0. Transductive: batch norms see the queries together;",
@@ -47,6 +48,12 @@ def _classification(row: dict[str, Any]) -> str:
 
 def _regression(row: dict[str, Any]) -> str:
     values = [row["shots"][str(shots)] for shots in SINUSOID_SHOTS]
-    shown = " | ".join(f"{value['mean']:.3f} ± {value['ci95']:.3f}" for value in values)
+    shown = " | ".join(mean_squared_error(value["mean"], value["ci95"]) for value in values)
     paper = SINUSOID_PAPERS.get(row["recipe"].removeprefix(SINUSOID), "")
     return f"| `{row['recipe']}` | {row['steps']:,} | {row['seconds'] / 60:.1f} | {shown} | {paper} |"
+
+
+def mean_squared_error(mean: float, ci95: float) -> str:
+    """With three decimals, more where the interval begins later."""
+    decimals = max(3, 1 - math.floor(math.log10(ci95))) if ci95 > 0 else 3
+    return f"{mean:.{decimals}f} ± {ci95:.{decimals}f}"
