@@ -465,7 +465,7 @@ def test_what_evaluate_refuses(omniglot_run: Path, tmp_path: Path, refused: Call
         ([omniglot_run, "--episodes", "0"], "0 is not in the range x>=1"),
         ([omniglot_run, "nonsense"], "'nonsense': expected section.key=value here"),
         ([omniglot_run, "model.filters=5"], "model.blocks.0.0.weight is (4, 1, 3, 3) there, (5, 1, 3, 3) here"),
-        ([omniglot_run, "tasks.ways=4"], "model.head.weight is (3, 4) there, (4, 4) here"),
+        ([omniglot_run, "tasks.ways=4"], "model.head.weight is (3, 16) there, (4, 16) here"),
         ([omniglot_run, "evaluation.ways=4"], "has a head of 3 ways"),
         ([], "Missing argument 'RUN_DIR'"),
     ):
