@@ -13,7 +13,13 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, PopulationBasedTraining
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 
 from raymeta.storage import Storage
 from raymeta.tune import sections
@@ -103,7 +109,9 @@ def _directory(trial: Any) -> Storage:
     return Storage(context.storage_filesystem, context.experiment_fs_path, context.experiment_fs_path)
 
 
-class _Asha(ASHAScheduler):
+class _Remembering(TrialScheduler):
+    """In front of one of Ray's schedulers: notes each report, and after a resume has it hear the past ones."""
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._reports = _Reports()
@@ -111,7 +119,11 @@ class _Asha(ASHAScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
         for step, value in self._reports.past(trial):
-            super().on_trial_result(tune_controller, trial, {TIME: step, self._metric: value})  # enters its rung
+            self._hear(tune_controller, trial, {TIME: step, self._metric: value})
+
+    def _hear(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """A past report. What the scheduler would do about it has been done."""
+        super().on_trial_result(tune_controller, trial, result)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self._reports.note(trial, result, self._metric)
@@ -123,22 +135,11 @@ class _Asha(ASHAScheduler):
         super().on_trial_complete(tune_controller, trial, result)
 
 
-class _MedianStopping(MedianStoppingRule):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._reports = _Reports()
+class _Asha(_Remembering, ASHAScheduler):
+    """Its rungs are filled by what it hears."""
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_add(tune_controller, trial)
-        for step, value in self._reports.past(trial):
-            # Notes the numbers and decides nothing: with those of all trials, some would now be stopped twice.
-            super().on_trial_complete(tune_controller, trial, {TIME: step, self._metric: value})
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        self._reports.note(trial, result, self._metric)
-        answer: str = super().on_trial_result(tune_controller, trial, result)
-        return answer
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self._reports.note(trial, result, self._metric)  # some last reports come here alone
-        super().on_trial_complete(tune_controller, trial, result)
+class _MedianStopping(_Remembering, MedianStoppingRule):
+    def _hear(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        # Notes the numbers and decides nothing: with those of all trials, some would now be stopped twice.
+        MedianStoppingRule.on_trial_complete(self, tune_controller, trial, result)
