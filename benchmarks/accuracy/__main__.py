@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help=f"where the Markdown goes; {shipped}")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for every row")
     given = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out the run's seconds are kept, and it ends
     given.output.mkdir(parents=True, exist_ok=True)
     home = given.output if given.overrides else HERE  # what ships is of the recipes as they are
     record, table = given.record or home / "measured", given.table or home / "RESULTS.md"

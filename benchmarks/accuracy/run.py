@@ -87,10 +87,14 @@ def _evaluated(place: Path, shots: int) -> dict[str, Any]:
 
 
 def _raymeta(arguments: list[str], capture: bool = False) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "raymeta", *arguments],
-        check=True,
-        text=True,
-        stdout=subprocess.PIPE if capture else None,
-    )
-    return done.stdout or ""
+    """Raises SystemExit where the command fails: it has said why."""
+    command = [sys.executable, "-m", "raymeta", *arguments]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE if capture else None) as process:
+        try:
+            answer, _ = process.communicate()
+        except BaseException:
+            process.terminate()  # it leaves a checkpoint
+            raise
+    if process.returncode:
+        raise SystemExit(f"raymeta {' '.join(arguments)} ended with exit code {process.returncode}")
+    return answer or ""
