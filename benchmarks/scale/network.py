@@ -203,7 +203,33 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {'-' if row['megabits'] is None else format(row['megabits'], ',')} | {row['milliseconds']:g} ms | "
             f"{row['parameters']:,} | {row['aggregation']} | {said} | {parts_} | {row['received_bytes'] / 1e6:.1f} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *_told(rows), ""])
+
+
+def _told(rows: list[dict[str, Any]]) -> list[str]:
+    """What the cases say of each other: the gain of adding up by node, and what a slow worker costs."""
+    totals = {
+        (row["megabits"], row["milliseconds"], row["parameters"], row["aggregation"]): row["total"]
+        for row in rows
+        if row.get("slow_factor", 1.0) == 1.0
+    }
+    lines = []
+    for (megabits, milliseconds, parameters, way), total in totals.items():
+        by_node = totals.get((megabits, milliseconds, parameters, "node"))
+        if way == "none" and by_node is not None:
+            link = f"{megabits or 'no'} Mbit/s set, {milliseconds:g} ms"
+            lines.append(
+                f"- {parameters:,} parameters, {link}: by node {1e3 * (total - by_node):+.0f} ms of a step spared."
+            )
+    for row in rows:
+        undisturbed = totals.get((row["megabits"], row["milliseconds"], row["parameters"], row["aggregation"]))
+        if row.get("slow_factor", 1.0) != 1.0 and undisturbed is not None:
+            way = "moves" if row.get("moves", True) else "stays"
+            lines.append(
+                f"- One of four workers {row['slow_factor']:g} times as slow, its work {way}: a step takes "
+                f"{row['total'] / undisturbed:.2f} times as long as with four alike."
+            )
+    return lines
 
 
 if __name__ == "__main__":

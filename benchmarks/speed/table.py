@@ -7,7 +7,7 @@ from typing import Any
 
 Results = dict[str, Any]
 MIB = 2**20
-RAYMETA = ("raymeta", "raymeta-workers")
+RAYMETA = ("raymeta", "raymeta-workers", "raymeta-compiled")
 
 
 def markdown(results: Results) -> str:
@@ -37,8 +37,9 @@ EXPLANATION = """
 - `-`: not written for this peer.
 """
 SUMMARY = """
-Median milliseconds of a step. The last three columns say how many times as fast raymeta is, in 1 process / with Ray
-workers. "Fastest library" is the fastest of higher, TorchOpt and learn2learn's loop.
+Median milliseconds of a step; the last three columns say how many times as fast raymeta is, in 1 process / with Ray
+workers / in 1 process with `algorithm.compile=true` (for small models). "Fastest library" is the fastest of higher,
+TorchOpt and learn2learn's loop.
 """
 MEMORY = """
 Peak memory of one chunk's step. Flat stores the states s_0 .. s_k-1 (fast weights and the inner optimiser's own
@@ -72,14 +73,12 @@ def _summary(results: Results) -> str:
         cells += [_milliseconds(peers[name]["seconds"]) if name else "-" for name in others]
         cells += [_milliseconds(seconds) for seconds in own]
         for name in others:
-            cells.append(" / ".join(_ratio(peers[name]["seconds"] if name else None, seconds) for seconds in own))
+            ratios = [_ratio(peers[name]["seconds"] if name else None, seconds) for seconds in own]
+            cells.append(" / ".join(ratios if own[-1] is not None else ratios[:-1]))
         rows.append(cells)
     head = ["workload", "fastest library", "vmap", "JAX", "raymeta, 1 process", "raymeta, Ray workers"]
-    head += ["x library", "x vmap", "x JAX"]
-    text = (
-        "Median milliseconds of a step; the last three columns say how many times as fast raymeta is, in 1 process / "
-    )
-    return f"## Summary\n\n{text}with Ray workers.\n\n{_table(head, rows)}"
+    head += ["raymeta, compiled", "x library", "x vmap", "x JAX"]
+    return f"## Summary\n{SUMMARY}\n{_table(head, rows)}"
 
 
 def _fastest(peers: dict[str, Any], names: Iterable[str]) -> str | None:

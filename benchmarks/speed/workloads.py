@@ -171,11 +171,11 @@ def workload(name: str, quick: bool = False) -> Workload:
     return replace(found, tasks=found.quick_tasks) if quick else found
 
 
-def worker_parts(name: str, quick: bool) -> WorkerParts:
-    """What a worker of raymeta computes with, for the workload of that name."""
+def worker_parts(name: str, quick: bool, **settings: Any) -> WorkerParts:
+    """What a worker of raymeta computes with, for the workload of that name; `settings`: of the learner."""
     chosen = workload(name, quick)
     source = chosen.drawn()
-    return WorkerParts(source, source, chosen.build_model(), chosen.learner())
+    return WorkerParts(source, source, chosen.build_model(), chosen.learner(**settings))
 
 
 def with_double_backward() -> AbstractContextManager[None]:

@@ -44,7 +44,10 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
             trainer = build.make_trainer(config, parts, pool, directory, params)
             if resume:
                 trainer.resume(found)
-                log.info("resuming after outer step %d", trainer.step_number)
+                if found is None:
+                    log.info("no checkpoint to resume from: starting with the first outer step")
+                else:
+                    log.info("resuming after outer step %d", trainer.step_number)
             config = build.with_chunks(config, parts, params, pool)
             directory.write_config(config.resolved())
             _say_what_runs(console, config, pool, trainer)

@@ -44,6 +44,8 @@ class Call:
 
     Attributes:
         arrays: the ref of what stays on the worker's node; None: all of the result comes at once.
+        moved: its units were given to others as well.
+        off_at: when it was called off; it ends after the unit that it is at.
         adds: the sums that the worker adds up; none: it computes `units`.
     """
 
@@ -54,6 +56,7 @@ class Call:
     give_up_at: float
     move_at: float
     moved: bool = False
+    off_at: float | None = None
     arrays: Any = None
     adds: Sequence[Held] = ()
 

@@ -20,7 +20,7 @@ from raymeta.workers.ray_crew import FETCH_SECONDS, Call, Crew, Held, Member
 from raymeta.workers.ray_errors import LOST, NO_ROOM, cause_of, no_room
 from raymeta.workers.ray_node_sums import NodeSums
 from raymeta.workers.ray_parameters import Parameters
-from raymeta.workers.ray_worker import NotSetUp
+from raymeta.workers.ray_worker import CalledOff, NotSetUp
 from raymeta.workers.reduction import assign_by_node, assign_by_pace
 from raymeta.workers.worker import DeviceError
 
@@ -56,6 +56,7 @@ class Dispatch:
         self._sums = sums
         self._end_if_abandoned = end_if_abandoned
         self._failures: Counter[int] = Counter()
+        self._reserved: dict[int, tuple[int, ...]] = {}  # by worker: units that wait for it
         self._last_ready = time.monotonic()
         self.seconds: dict[int, float] = {}
         self.add_seconds = 0.0
@@ -72,7 +73,8 @@ class Dispatch:
         while missing := self._job.missing():
             self._end_if_abandoned()
             self._hand_out(missing)
-            self._add_up_on_nodes()
+            if self._add_up_on_nodes():
+                continue
             self._crew.revive()
             self._require_workers(missing)
             refs = {member.ref: member for member in members if member.ref is not None}
@@ -82,11 +84,13 @@ class Dispatch:
             if not refs:
                 time.sleep(self._pause())
             self._check_times()
+            self._call_off()
+        self._call_off()
 
-    def _current(self) -> list[tuple[Member, Call]]:
-        """The calls of this job that are waited for."""
+    def _current(self, moved: bool = False) -> list[tuple[Member, Call]]:
+        """The calls of this job that are waited for; `moved`: those too whose work went to others as well."""
         calls = ((member, member.call) for member in self._crew.members)
-        return [(each, call) for each, call in calls if call and call.number == self._number and not call.moved]
+        return [(each, call) for each, call in calls if call and call.number == self._number and call.moved <= moved]
 
     # Giving
 
@@ -97,24 +101,53 @@ class Dispatch:
         if self._sums is not None:
             taken |= self._sums.units()
         open_units = [unit for unit in missing if unit not in taken]
+        first, given = not self.seconds, self._hand_out_reserved(open_units)
         idle = [member for member in self._crew.members if member.idle]
-        if not open_units or not idle:
-            return
-        first, ahead = not self.seconds, []
-        for member, share in self._shares(len(open_units), idle, len(current)):
-            units = tuple(open_units[share.start : share.stop][: self._job.units_per_call])
-            if units:
-                self._call(member, units)
-                ahead.append((member, self._job.next_batches(units)))
-        for member, batches in ahead:  # only now: all of them are computing while these are sent
+        if open_units and idle:
+            soon = [each for each in self._crew.members if self._soon_idle(each)] if first and not current else []
+            for member, share in self._shares(len(open_units), [*idle, *soon], len(current) + len(given)):
+                units = tuple(open_units[share.start : share.stop][: self._job.units_per_call])
+                if units and member.idle:
+                    self._call(member, units)
+                    given.append((member, units))
+                elif units:
+                    self._reserved[member.number] = units
+        for member, units in given:  # only now: all of them are computing while these are sent
+            batches = self._job.next_batches(units)
             if first and batches:
                 # Runs after the result is on its way, while the driver updates the parameters.
                 member.actor.prepare.remote(batches)
 
-    def _shares(self, units: int, idle: Sequence[Member], busy: int) -> list[tuple[Member, range]]:
+    def _hand_out_reserved(self, open_units: list[int]) -> list[tuple[Member, tuple[int, ...]]]:
+        """Give what waits for workers to those that are back, until they are late; takes it out of `open_units`."""
+        given = []
+        for number, reserved in list(self._reserved.items()):
+            member = self._crew.members[number]
+            units = tuple(unit for unit in reserved if unit in open_units)
+            if not units or not (member.idle or self._soon_idle(member)):
+                del self._reserved[number]
+                continue
+            open_units[:] = [unit for unit in open_units if unit not in units]
+            if member.idle:
+                del self._reserved[number]
+                self._call(member, units)
+                given.append((member, units))
+        return given
+
+    def _soon_idle(self, member: Member) -> bool:
+        """Its call was called off a moment ago: it is at its last unit. Later, it may be hung."""
+        return time.monotonic() < self._late_at(member)
+
+    def _late_at(self, member: Member) -> float:
+        """When a worker whose call was called off should be back; -inf for others."""
+        if member.call is None or member.call.off_at is None:
+            return -math.inf
+        return member.call.off_at + (self._pace.straggler_seconds(member.call.kind, 1) or 0.0)
+
+    def _shares(self, units: int, members: Sequence[Member], busy: int) -> list[tuple[Member, range]]:
         """Contiguous shares: equal ones where workers are alike, else by how fast each is. Workers that are `busy` with
         parts of this job are left as much as an equal share."""
-        nodes = self._crew.by_node(idle)
+        nodes = self._crew.by_node(members)
         members = [member for node in nodes for member in node]
         kind = self._job.kind
         # Where calls take parts of a share, a faster worker comes for more of them by itself.
@@ -150,21 +183,24 @@ class Dispatch:
         else:
             member.ref = getattr(member.actor, job.method).remote(*request)
 
-    def _add_up_on_nodes(self) -> None:
-        """Where all of a node's workers are done, one of them adds up what they have."""
+    def _add_up_on_nodes(self) -> bool:
+        """Where all of a node's workers are done, one of them adds up what they have. Whether sums came here instead."""
         if self._sums is None:
-            return
+            return False
+        fetched = False
         busy = {member.node for member, _ in self._current()}
         for node in self._sums.nodes() - busy:
             held = self._sums.take(node)
             adder = next((member for member in self._crew.members if member.idle and member.node == node), None)
             if adder is None or not self._sums.has_siblings(held):
                 self._fetch(held)
+                fetched = True
                 continue
             now = time.monotonic()
             units = tuple(unit for each in held for unit in each.units)
             adder.call = Call(self._number, "add_up", units, now, now + FETCH_SECONDS, math.inf, adds=held)
             adder.ref = self._sums.add_up(adder.actor, held)
+        return fetched
 
     # Taking
 
@@ -177,6 +213,8 @@ class Dispatch:
         member.ref = member.call = None
         try:
             seconds, result = ray.get(ref, timeout=FETCH_SECONDS)
+        except exceptions.TaskCancelledError:
+            return  # called off before it began, or when it had ended
         except LOST as error:
             self._lose(member, call, first_line(error), kill=False)
             return
@@ -188,8 +226,8 @@ class Dispatch:
         if not call.adds:
             self._pace.measured(call.kind, len(call.units), time.monotonic() - call.started)
             self._pace.computed(call.kind, member.number, len(call.units), seconds)
-        if call.number != self._number:
-            return  # the job that it was for has ended
+        if call.off_at is not None or call.number != self._number:
+            return  # nobody waits for it
         if call.adds:
             self._job.accept(result)
             self.add_seconds = max(self.add_seconds, seconds)
@@ -201,6 +239,15 @@ class Dispatch:
             held = Held(member.node, call.units, result, call.arrays)
             if self._sums is None or not self._sums.hold(held):
                 self._fetch([held])
+
+    def _call_off(self) -> None:
+        """Stop the calls whose work others have done, between two units: such a worker is there for the next step."""
+        late = [(member, call) for member, call in self._current(moved=True) if call.off_at is None and not call.adds]
+        missing = set(self._job.missing()) if late else set()
+        for member, call in late:
+            if missing.isdisjoint(call.units):
+                ray.cancel(member.ref)
+                call.off_at = time.monotonic()
 
     def _fetch(self, held: Sequence[Held]) -> None:
         """Take these sums to the driver as they are."""
@@ -222,8 +269,10 @@ class Dispatch:
         if isinstance(error.cause, (NotSetUp, DeviceError)):
             poisoned = isinstance(error.cause, DeviceError)  # only a new process gets its GPU back
             self._lose(member, call, str(error.cause), kill=poisoned)
-        elif call.number != self._number:
-            pass  # the job that it was for has ended
+        elif isinstance(error.cause, CalledOff):
+            self._pace.computed(call.kind, member.number, error.cause.units, error.cause.seconds)
+        elif call.off_at is not None or call.number != self._number:
+            pass  # nobody waits for it
         elif call.adds:
             self._fetch(call.adds)
         elif isinstance(error.cause, NO_ROOM):
@@ -287,6 +336,8 @@ class Dispatch:
                 times.append(member.call.give_up_at)
                 if idle and not member.call.moved:
                     times.append(member.call.move_at)
+                if member.number in self._reserved:
+                    times.append(self._late_at(member))
             elif member.away:
                 times.append(member.retry_at)
         return max(0.001, min(time for time in times if time > now) - now)

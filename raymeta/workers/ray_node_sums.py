@@ -16,8 +16,8 @@ from raymeta.workers.reduction import maximal_subtrees
 
 Aggregation = Literal["auto", "none", "node"]
 # By rule, a node adds up when that spares the driver so many bytes a step: at 10 Gbit/s they take 3 ms, and so much or
-# a little more takes the call to the adding worker. Measured with 4 workers, two busy cores and no network between:
-# 4 ms lost at 1 MB spared, 3 at 12 MB, 60 won at 120 MB (of 126).
+# a little more takes the call to the adding worker. Measured (benchmarks/scale/NETWORK.md, two nodes of two workers):
+# between 7 ms won and 39 lost at 0.4 MB spared on a node, 30 to 1,400 won at 40 MB.
 AUTO_BYTES = 4_000_000
 
 

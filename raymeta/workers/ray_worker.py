@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,22 @@ class NotSetUp(RunError):
 
 class TooLate(RunError):
     """The parameters that the call is about are not there any more: nobody waits for its result."""
+
+
+class CalledOff(RunError):
+    """The driver called the call off: others were faster.
+
+    Attributes:
+        seconds: that it took, here. units: of work that it did in them.
+    """
+
+    def __init__(self, seconds: float, units: int) -> None:
+        super().__init__(seconds, units)  # the arguments are what pickle gives back to __init__
+        self.seconds = seconds
+        self.units = units
+
+    def __str__(self) -> str:
+        return f"called off after {self.units} pieces of work and {self.seconds:.1f} s"
 
 
 class Arrival(NamedTuple):
@@ -86,8 +102,9 @@ class RemoteWorker:
     ) -> tuple[float, list[Head], list[np.ndarray]]:
         """`share`: leaves, each with its first task and the one after its last, for what ranges cost on their way."""
         started = time.perf_counter()
+        go_on = _end_if_called_off(started)
         work = [Chunk(leaf, range(start, stop)) for leaf, start, stop in share]
-        parts = self._ready().meta_gradient(self._parameters(number, flat), step, work, chunks, number)
+        parts = self._ready().meta_gradient(self._parameters(number, flat), step, work, chunks, number, go_on)
         heads, arrays = _taken_apart(parts)
         return time.perf_counter() - started, heads, arrays
 
@@ -114,12 +131,29 @@ class RemoteWorker:
     ) -> tuple[float, list[tuple[int, list[Any]]]]:
         started = time.perf_counter()
         worker, params = self._ready(), self._parameters(number, flat)
-        results = [(unit, worker.map(function, params, split, tasks, number)) for unit, tasks in batches]
+        results: list[tuple[int, list[Any]]] = []
+        go_on = _end_if_called_off(started)
+        for unit, tasks in batches:
+            results.append((unit, worker.map(function, params, split, tasks, number)))
+            go_on(len(results))
         return time.perf_counter() - started, results
 
     def prepare(self, batches: Sequence[tuple[int, int]]) -> None:
         """Batches as (first task, the one after the last)."""
         self._ready().prepare([range(start, stop) for start, stop in batches])
+
+
+def _end_if_called_off(started: float) -> Callable[[int], None]:
+    """What raises CalledOff once the driver has called the running call off; it takes how many units are done.
+
+    Ray lets an error of a cancelled call through, but not a result.
+    """
+
+    def go_on(done: int) -> None:
+        if ray.get_runtime_context().is_canceled():
+            raise CalledOff(time.perf_counter() - started, done)
+
+    return go_on
 
 
 def _taken_apart(parts: Sequence[MetaGradient]) -> tuple[list[Head], list[np.ndarray]]:

@@ -166,13 +166,20 @@ class Worker:
         )
 
     def meta_gradient(
-        self, flat: Tensor, step: int, share: Sequence[Chunk], chunks: int, version: int | None = None
+        self,
+        flat: Tensor,
+        step: int,
+        share: Sequence[Chunk],
+        chunks: int,
+        version: int | None = None,
+        after_each: Callable[[int], None] = lambda done: None,
     ) -> list[MetaGradient]:
         """The sums over the leaves of `share`, one for each maximal subtree of the tree of `chunks` leaves.
 
         Args:
             flat: [P] parameters, copied (never written to: with Ray it is memory that others read).
             version: names the parameters; those of the same version as before are not copied again.
+            after_each: called after each leaf, with the number of those done; what it raises ends the call.
 
         Raises:
             TaskError: the model or a task raised.
@@ -187,11 +194,12 @@ class Worker:
         reducer = Reducer(chunks, step)
         with self._numerics():
             params = self._load(flat, version)
-            for leaf, tasks in share:
+            for done, (leaf, tasks) in enumerate(share, start=1):
                 with _named(run, tasks, f"step {step}"):
                     part = run(tasks, self._prepared.pop(tasks, None))
                 assert part.gradient.shape == self._flat.shape, f"a gradient of shape {tuple(part.gradient.shape)}"
                 reducer.add(replace(part, step=step, node=Node(leaf, leaf + 1)))
+                after_each(done)
         return reducer.parts()
 
     def prepare(self, batches: Sequence[range]) -> None:

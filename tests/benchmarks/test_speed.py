@@ -24,7 +24,9 @@ from benchmarks.speed.workloads import WORKLOADS, Workload, problem, worker_part
 ROOT = Path(__file__).parents[2]
 # Those that may compute in this process. JAX starts threads of its own, and has its own test; what Ray workers compute
 # is compared in the run of the whole command below.
-IN_PROCESS = [name for name in PEERS if name not in ("jax", "raymeta-workers", "matrix-products", "vmap-kept")]
+IN_PROCESS = [
+    name for name in PEERS if name not in ("jax", "raymeta-workers", "raymeta-compiled", "matrix-products", "vmap-kept")
+]
 MLP, CONV4 = "mlp-sinusoid", "conv4-1step-1query"
 
 

@@ -209,6 +209,41 @@ def test_a_worker_that_is_always_slow_gets_a_smaller_share(lines, params, marks)
     assert statistics.median(had[6:]) <= TASKS / 4
 
 
+@dataclass(frozen=True)
+class SlowForAStep(OneIsSlow):
+    """As `OneIsSlow`, but in step 1 alone, and so much that its work moves."""
+
+    def meta_gradient(self, model: Any, params: Any, batch: Any, step: int) -> Any:
+        mine = self.marks / str(os.getpid())
+        if step == 1 and first_time(self.marks / "slow"):
+            mine.write_text("")
+        if mine.exists():
+            with mine.open("a") as file:
+                file.write("".join(f"{step} {task}\n" for task in batch.tasks.tolist()))
+            time.sleep(1.0 if step == 1 else 0.0)
+        return self.learner.meta_gradient(model, params, batch, step)
+
+
+def test_work_that_moved_is_called_off(lines, params, marks):
+    """The slow worker leaves what others have done, and is there again after the chunk that it was at."""
+
+    def build() -> WorkerParts:
+        parts = lines()()
+        return replace(parts, learner=SlowForAStep(parts.learner, marks))
+
+    patient = replace(SHORT, least_seconds=60, straggler_factor=3, straggler_seconds=0.3)
+    with RayPool(build, count=2, cpus_per_worker=0.5, deadlines=patient) as pool:
+        had: list[int] = []
+        step, end = 0, time.monotonic() + 30
+        while not any(each > 1 for each in had) and time.monotonic() < end:
+            assert computed(pool, params, step) == expected(lines, params, step)
+            step += 1
+            noted = [path for path in marks.iterdir() if path.name != "slow"]
+            had = [int(line.split()[0]) for path in noted for line in path.read_text().splitlines()]
+    assert had[-1] > 1, "the slow worker never came back"
+    assert had.count(1) < TASKS / 2, "it did all of its share"
+
+
 def test_an_abandoned_call_ends_while_the_workers_compute(lines, params, first_numbers, marks):
     """`ray job stop` leaves three seconds; what its workers are at is not waited for."""
     act = Strike(marks, (TASKS + 9,), sleeps=6)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from benchmarks.speed.peers.func_vmap import FuncVmap, FuncVmapKept
 from benchmarks.speed.peers.matrix_products import MatrixProducts
 from benchmarks.speed.peers.peer import Peer
-from benchmarks.speed.peers.raymeta_pools import OneProcess, RayWorkers
+from benchmarks.speed.peers.raymeta_pools import Compiled, OneProcess, RayWorkers
 from benchmarks.speed.peers.task_loops import CloneAndUpdate, Higher, TorchOpt
 from benchmarks.speed.workloads import Problem
 
@@ -53,5 +53,6 @@ PEERS: dict[str, PeerEntry] = {
     "jax": PeerEntry("JAX jit, best form", _jax, "jax", "jax", ("conv4", "mlp")),
     "raymeta": PeerEntry("raymeta, 1 process", OneProcess, "raymeta"),
     "raymeta-workers": PeerEntry("raymeta, Ray workers of 1 thread", RayWorkers, "raymeta"),
+    "raymeta-compiled": PeerEntry("raymeta, 1 process, algorithm.compile=true", Compiled, "raymeta", models=("mlp",)),
     "matrix-products": PeerEntry("matrix products", lambda *_: MatrixProducts(), "measure"),
 }

@@ -47,10 +47,18 @@ class _Pool(Peer):
 class OneProcess(_Pool):
     """LocalPool: one process with all the threads."""
 
+    compile = False
+
     def __init__(self, problem: Problem, name: str, quick: bool, threads: int) -> None:
-        build = partial(worker_parts, name, quick)
+        build = partial(worker_parts, name, quick, compile=self.compile)
         size = chunk_size(build(), problem)
         super().__init__(problem, LocalPool(build, WorkerSettings(threads, "cpu"), size), size)
+
+
+class Compiled(OneProcess):
+    """As `OneProcess`, with `algorithm.compile=true`: the recorded computation fused by torch.compile."""
+
+    compile = True
 
 
 class RayWorkers(_Pool):
