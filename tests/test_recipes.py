@@ -7,7 +7,10 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import pytest
+from PIL import Image
 
 import raymeta
 from raymeta import build, cli
@@ -73,21 +76,53 @@ def test_it_trains_validates_and_tests(path: Path, tmp_path: Path, capsys: pytes
     assert kinds == ["validation", "train", "validation", "test", "test"]
     assert RunDirectory(tmp_path / "run").steps() == [1, 2]
     assert "test tasks" in capsys.readouterr().out
-    _use(tmp_path / "run", config)
+    _use(tmp_path, config)
 
 
-def _use(run: Path, config: Config) -> None:
-    """The trained learner on rows of one's own, as `raymeta adapt` uses it: texts as labels, or numbers."""
-    parts = build.worker_parts(config.resolved())
-    task = parts.evaluation_source.tasks("test", [0])
-    support_x, query_x, support_y = task.support_x[0].numpy(), task.query_x[0].numpy(), task.support_y[0].numpy()
-    learner = raymeta.load(run)
+def _use(place: Path, config: Config) -> None:
+    """`raymeta adapt` with the trained learner, on files of one's own: class folders of images, or tables. It predicts
+    what the Python interface does."""
+    task = build.worker_parts(config.resolved()).evaluation_source.tasks("test", [0])
+    support, query = (
+        (x[0].numpy(), y[0].numpy()) for x, y in ((task.support_x, task.support_y), (task.query_x, task.query_y))
+    )
+    learner = raymeta.load(place / "run")
+    images = len(learner.input_shape) == 3
+    write = _folders if images else _table
+    files = write(place / "support", *support, learner.regression), write(place / "query", *query, learner.regression)
+    command = ["adapt", place / "run", "--support", files[0], "--query", files[1], "--output", place / "found.csv"]
+    names = [name for name in pa.csv.read_csv(files[0]).column_names if name.startswith("y")] if not images else []
     if learner.regression:
-        predicted = learner.adapt(support_x, support_y).predict(query_x)
-        assert np.isfinite(predicted).all()
-        assert len(predicted) == len(query_x)
+        command += [part for name in names for part in ("--target", name)]
+    assert cli.run([str(part) for part in command]) == 0
+    found = pa.csv.read_csv(place / "found.csv")
+    if learner.regression:
+        predicted = learner.adapt(*support).predict(query[0])
+        np.testing.assert_allclose(np.stack([found[name] for name in names], 1), predicted, rtol=1e-4, atol=1e-5)
         return
-    names = np.array([f"class {label}" for label in support_y])
-    fitted = learner.adapt(support_x, names)
-    assert set(fitted.predict(query_x)) <= set(names)
-    assert fitted.predict_proba(query_x).sum(axis=1) == pytest.approx(1, abs=1e-5)
+    # The files are read class by class.
+    (x, y), (rows, _) = ((values[np.argsort(y, kind="stable")], np.sort(y)) for values, y in (support, query))
+    fitted = learner.adapt(x if images else support[0], [f"class {label:02}" for label in (y if images else support[1])])
+    probabilities = fitted.predict_proba(rows if images else query[0])
+    columns = [found[f"probability_{name}"].to_numpy() for name in fitted.labels]
+    np.testing.assert_allclose(np.stack(columns, 1), probabilities, atol=2e-3 if images else 1e-5)
+    assert set(found["prediction"].to_pylist()) <= set(fitted.labels)
+
+
+def _folders(place: Path, x: np.ndarray, y: np.ndarray, regression: bool) -> Path:
+    """Dark ink on white paper, in bytes; a folder for each class."""
+    for row, (image, label) in enumerate(zip(x, y, strict=True)):
+        folder = place / f"class {label:02}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(255 * (1 - image[0])).astype(np.uint8)).save(folder / f"{row:03}.png")
+    return place
+
+
+def _table(place: Path, x: np.ndarray, y: np.ndarray, regression: bool) -> Path:
+    columns = {f"x{column}": values for column, values in enumerate(x.reshape(len(x), -1).T)}
+    if regression:
+        columns |= {f"y{column}": values for column, values in enumerate(y.reshape(len(y), -1).T)}
+    else:
+        columns["label"] = np.array([f"class {label:02}" for label in y])
+    pa.csv.write_csv(pa.table(columns), place.with_suffix(".csv"))
+    return place.with_suffix(".csv")
