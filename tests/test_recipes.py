@@ -102,7 +102,9 @@ def _use(place: Path, config: Config) -> None:
         return
     # The files are read class by class.
     (x, y), (rows, _) = ((values[np.argsort(y, kind="stable")], np.sort(y)) for values, y in (support, query))
-    fitted = learner.adapt(x if images else support[0], [f"class {label:02}" for label in (y if images else support[1])])
+    fitted = learner.adapt(
+        x if images else support[0], [f"class {label:02}" for label in (y if images else support[1])]
+    )
     probabilities = fitted.predict_proba(rows if images else query[0])
     columns = [found[f"probability_{name}"].to_numpy() for name in fitted.labels]
     np.testing.assert_allclose(np.stack(columns, 1), probabilities, atol=2e-3 if images else 1e-5)

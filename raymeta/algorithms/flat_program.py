@@ -4,7 +4,7 @@
   begins with it, and a view that another one equals, or that is its own base, is that one.
 - An operation is called by the shortest way into the same kernel: `torch.mul` is parsed in a third of the time of
   `torch.ops.aten.mul.Tensor`.
-- What nobody uses is dropped.
+- What nobody uses is dropped, and memory that nobody reads any more is written to (`in_place`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from raymeta.algorithms.in_place import write_in_place
 
 _aten = torch.ops.aten
 
@@ -59,11 +61,12 @@ def shortened(program: fx.GraphModule, tensors: list[Tensor]) -> None:
         layouts = _Layouts(program)
         layouts.run(tensors)
     _join_views(program.graph, layouts.found)
+    program.graph.eliminate_dead_code()
+    write_in_place(program, tensors)
     for node in program.graph.nodes:
         short = _SHORT.get(node.target)
         if short is not None and set(node.kwargs) <= {"alpha"}:
             node.target = short
-    program.graph.eliminate_dead_code()
     program.recompile()
 
 

@@ -25,7 +25,7 @@ from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient
 from raymeta.metrics import LOSSES, METRICS, task_losses, task_metrics
 from raymeta.ops.batch_norm import LayerStatistics
-from raymeta.ops.draws import task_keys
+from raymeta.ops.draws import keys_by_purpose
 from raymeta.params import MODEL, ParameterLayout, Params, model_params
 
 # "batch": batch norms use the batch at hand (transductive where the queries are seen together, the papers' test).
@@ -157,7 +157,8 @@ class Learner(ABC):
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
         """What the numbers of the outer step and of the tasks decide."""
         device = batch.support_x.device
-        keys = {purpose: task_keys(self.seed, purpose, step, batch.tasks, device) for purpose in ("support", "query")}
+        purposes = ("support", "query")
+        keys = dict(zip(purposes, keys_by_purpose(self.seed, purposes, step, batch.tasks, device), strict=True))
         return StepPlan(keys, ways=count_ways(batch.support_y, batch.query_y))
 
     @abstractmethod

@@ -179,12 +179,15 @@ def task_model(
     of a dropout layer) is not noticed.
     """
     known = _prepared.setdefault(module, {})
-    made_from = (
-        [(name, type(part), id(part)) for name, part in module.named_modules()],
-        [(name, value.device, value.dtype, value.requires_grad) for name, value in module.named_parameters()],
-        [(value.data_ptr(), value._version) for value in module.parameters() if not value.requires_grad],
-        [(value.device, value.data_ptr(), value._version) for value in module.buffers()],
-    )
+    # One walk: it is made at every call, and costs as much as the arithmetic of a tiny model.
+    made_from: list[Any] = []
+    for name, part in module.named_modules():
+        made_from.append((name, type(part), id(part)))
+        for key, value in part._parameters.items():
+            if value is not None:
+                written = None if value.requires_grad else (value.data_ptr(), value._version)
+                made_from.append((key, value.device, value.dtype, written))
+        made_from += [(x.device, x.data_ptr(), x._version) for x in part._buffers.values() if x is not None]
     choice = (batching, precision, kernels, extended)
     found = known.get(choice)
     if found is None or found[0] != made_from:

@@ -26,8 +26,15 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def task_keys(seed: int, purpose: Key, step: int, tasks: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """[T] int64, the key of each of the tasks [T] (int64) for this purpose and outer step."""
-    start = int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True)
-    return mix(mix(tasks + 1) + start).to(device)
+    return keys_by_purpose(seed, (purpose,), step, tasks, device)[0]
+
+
+def keys_by_purpose(
+    seed: int, purposes: Sequence[Key], step: int, tasks: Tensor, device: torch.device | str = "cpu"
+) -> Sequence[Tensor]:
+    """`task_keys` for each of these purposes, in the calls of one."""
+    starts = [int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True) for purpose in purposes]
+    return mix(mix(tasks + 1) + torch.tensor(starts)[:, None]).to(device).unbind()
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:

@@ -184,7 +184,7 @@ class Dispatch:
             member.ref = getattr(member.actor, job.method).remote(*request)
 
     def _add_up_on_nodes(self) -> bool:
-        """Where all of a node's workers are done, one of them adds up what they have; true if sums came here instead."""
+        """Where all of a node's workers are done, one adds up what they have; true if sums came here instead."""
         if self._sums is None:
             return False
         fetched = False
