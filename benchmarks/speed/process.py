@@ -86,10 +86,9 @@ def _serve(connection: Connection, order: Order) -> None:
 
 
 def turn(peer: Any, steps: int) -> list[float]:
-    """The seconds of `steps` steps. Before several short ones comes one that is not timed: the peer whose turn it was
-    before has emptied the caches."""
-    if steps > 1:
-        peer.step()
+    """The seconds of `steps` steps. Before them comes one that is not timed: the peer whose turn it was before has
+    emptied the caches, and who has waited for its turn starts slowly, while a training's steps follow each other."""
+    peer.step()
     seconds = []
     for _ in range(steps):
         started = time.perf_counter()

@@ -25,7 +25,8 @@ EXPLANATION = """
 - A step is the exact second-order MAML gradient, summed over its tasks, float32, plain SGD inside, batch statistics. No
   outer update, and the tasks are drawn before. All start from the same weights and the same tasks.
 - Every peer has {threads} threads and a process of its own; they take turns, and the figures are medians over all timed
-  steps. The first step (imports, compiling, warming up) is not among them and is told apart.
+  steps. The first step (imports, compiling, warming up) is not among them and is told apart; nor is the first of a
+  turn, which finds the caches full of another peer's numbers.
 - A gradient counts as right if no entry differs from a float64 reference by more than the bound that each table states,
   relative to the largest entry. No speed is printed for one that does not. The tasks are such as are not within
   rounding of a ReLU's kink, where no two programs agree (`benchmarks/speed/steady.py`).

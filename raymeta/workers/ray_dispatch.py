@@ -20,8 +20,8 @@ from raymeta.workers.ray_crew import FETCH_SECONDS, Call, Crew, Held, Member
 from raymeta.workers.ray_errors import LOST, NO_ROOM, cause_of, no_room
 from raymeta.workers.ray_node_sums import NodeSums
 from raymeta.workers.ray_parameters import Parameters
+from raymeta.workers.ray_sharing import Sharing
 from raymeta.workers.ray_worker import CalledOff, NotSetUp
-from raymeta.workers.reduction import assign_by_node, assign_by_pace
 from raymeta.workers.worker import DeviceError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Dispatch:
         self._sums = sums
         self._end_if_abandoned = end_if_abandoned
         self._failures: Counter[int] = Counter()
-        self._reserved: dict[int, tuple[int, ...]] = {}  # by worker: units that wait for it
+        self._sharing = Sharing(crew, pace, job)
         self._last_ready = time.monotonic()
         self.seconds: dict[int, float] = {}
         self.add_seconds = 0.0
@@ -101,69 +101,15 @@ class Dispatch:
         if self._sums is not None:
             taken |= self._sums.units()
         open_units = [unit for unit in missing if unit not in taken]
-        first, given = not self.seconds, self._hand_out_reserved(open_units)
-        idle = [member for member in self._crew.members if member.idle]
-        if open_units and idle:
-            soon = [each for each in self._crew.members if self._soon_idle(each)] if first and not current else []
-            for member, share in self._shares(len(open_units), [*idle, *soon], len(current) + len(given)):
-                units = tuple(open_units[share.start : share.stop][: self._job.units_per_call])
-                if units and member.idle:
-                    self._call(member, units)
-                    given.append((member, units))
-                elif units:
-                    self._reserved[member.number] = units
+        first = not self.seconds
+        given = self._sharing.divide(open_units, len(current), first)
+        for member, units in given:
+            self._call(member, units)
         for member, units in given:  # only now: all of them are computing while these are sent
             batches = self._job.next_batches(units)
             if first and batches:
                 # Runs after the result is on its way, while the driver updates the parameters.
                 member.actor.prepare.remote(batches)
-
-    def _hand_out_reserved(self, open_units: list[int]) -> list[tuple[Member, tuple[int, ...]]]:
-        """Give what waits for workers to those that are back, until they are late; takes it out of `open_units`."""
-        given = []
-        for number, reserved in list(self._reserved.items()):
-            member = self._crew.members[number]
-            units = tuple(unit for unit in reserved if unit in open_units)
-            if not units or not (member.idle or self._soon_idle(member)):
-                del self._reserved[number]
-                continue
-            open_units[:] = [unit for unit in open_units if unit not in units]
-            if member.idle:
-                del self._reserved[number]
-                self._call(member, units)
-                given.append((member, units))
-        return given
-
-    def _soon_idle(self, member: Member) -> bool:
-        """Its call was called off a moment ago: it is at its last unit. Later, it may be hung."""
-        return time.monotonic() < self._late_at(member)
-
-    def _late_at(self, member: Member) -> float:
-        """When a worker whose call was called off should be back; -inf for others."""
-        if member.call is None or member.call.off_at is None:
-            return -math.inf
-        return member.call.off_at + (self._pace.straggler_seconds(member.call.kind, 1) or 0.0)
-
-    def _shares(self, units: int, members: Sequence[Member], busy: int) -> list[tuple[Member, range]]:
-        """Contiguous shares: equal ones where workers are alike, else by how fast each is. Workers that are `busy` with
-        parts of this job are left as much as an equal share."""
-        nodes = self._crew.by_node(members)
-        members = [member for node in nodes for member in node]
-        kind = self._job.kind
-        # Where calls take parts of a share, a faster worker comes for more of them by itself.
-        by_call = self._job.units_per_call < units
-        unit_seconds = None
-        if not busy and not by_call:
-            unit_seconds = self._pace.unit_seconds(kind, [member.number for member in members])
-        if unit_seconds is None:
-            by_node = assign_by_node(units, [len(node) for node in nodes] + ([busy] if busy else []))
-            shares = [share for shares in by_node for share in shares]
-            return list(zip(members, shares, strict=False))
-        shares = assign_by_pace(units, unit_seconds)
-        for member, share in zip(members, shares, strict=True):
-            if not share:
-                self._pace.passed_over(kind, member.number)
-        return list(zip(members, shares, strict=True))
 
     def _call(self, member: Member, units: tuple[int, ...]) -> None:
         job, now = self._job, time.monotonic()
@@ -336,8 +282,7 @@ class Dispatch:
                 times.append(member.call.give_up_at)
                 if idle and not member.call.moved:
                     times.append(member.call.move_at)
-                if member.number in self._reserved:
-                    times.append(self._late_at(member))
+                times.append(self._sharing.late_at(member))
             elif member.away:
                 times.append(member.retry_at)
         return max(0.001, min(time for time in times if time > now) - now)
