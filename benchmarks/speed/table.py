@@ -92,6 +92,8 @@ def _workload(results: Results, row: dict[str, Any]) -> str:
     head += ["gradient differs by", "first step s"]
     rate = row["matmul_flop_per_second"]
     rows, notes = [], []
+    if not row.get("untimed_first"):
+        notes.append("Measured before the first step of a turn was left out: its figures are of first steps where a step is long.")
     for name, peer in row["peers"].items():
         title = results["peers"][name]["title"]
         if "seconds" in peer:
