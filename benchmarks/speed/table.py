@@ -93,7 +93,7 @@ def _workload(results: Results, row: dict[str, Any]) -> str:
     rate = row["matmul_flop_per_second"]
     rows, notes = [], []
     if not row.get("untimed_first"):
-        notes.append("Measured before the first step of a turn was left out: its figures are of first steps where a step is long.")
+        notes.append("Measured when the first step of a turn was timed too; a long step's figures are of such alone.")
     for name, peer in row["peers"].items():
         title = results["peers"][name]["title"]
         if "seconds" in peer:
