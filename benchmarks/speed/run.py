@@ -105,7 +105,13 @@ def run_workload(name: str, plan: Plan, peers: dict[str, dict[str, Any]], say: C
             process.end()
     from benchmarks.speed.machine import MATRIX_SIZE
 
-    return {**row, "flop": flop, "untimed_first": True, "matmul_flop_per_second": 2 * MATRIX_SIZE**3 / product, "peers": results}
+    return {
+        **row,
+        "flop": flop,
+        "untimed_first": True,
+        "matmul_flop_per_second": 2 * MATRIX_SIZE**3 / product,
+        "peers": results,
+    }
 
 
 def _unfit(peer: dict[str, Any], model: str) -> str | None:
