@@ -22,6 +22,9 @@ SINUSOID_PAPERS = {"maml": "1.17 / 0.77 / 0.56", "meta-sgd": "0.88 / 0.53 / 0.35
 
 OMNIGLOT, SINUSOID = "omniglot-5w1s-", "sinusoid-10s-"
 SINUSOID_SHOTS = (5, 10, 20)
+# Learners that add generated examples, which are tested without them, too; and the setting that does it.
+GENERATIVE = ("omniglot-5w1s-gan-augmentation", "omniglot-5w1s-vae-augmentation")
+WITHOUT_GENERATED = "algorithm.generated=0"
 # Further rows: a recipe with other settings. "longer" is up to 15 minutes, for what 5 do not bring to its figure.
 VARIANTS = {
     "omniglot-5w1s-maml-longer": ("omniglot-5w1s-maml", ["outer.steps=9000", "evaluation.every_steps=2250"]),

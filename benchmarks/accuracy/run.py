@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.rows import SINUSOID, SINUSOID_SHOTS, recipe_of
+from benchmarks.accuracy.rows import GENERATIVE, SINUSOID, SINUSOID_SHOTS, WITHOUT_GENERATED, recipe_of
 from raymeta.config import load_config
 
 
@@ -59,7 +59,11 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
         "date": time.strftime("%Y-%m-%d"),
     }
     if recipe.startswith(SINUSOID):
-        found["shots"] = {str(shots): _evaluated(place, shots) for shots in SINUSOID_SHOTS}
+        found["shots"] = {str(shots): _evaluated(place, f"evaluation.shots={shots}") for shots in SINUSOID_SHOTS}
+    if recipe in GENERATIVE:
+        found["without"] = {
+            kind: _evaluated(place, WITHOUT_GENERATED, f"evaluation.statistics={kind}") for kind in ("batch", "support")
+        }
     record.mkdir(parents=True, exist_ok=True)
     (record / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -80,8 +84,9 @@ def _last_tests(place: Path) -> dict[str, Any]:
     return tests
 
 
-def _evaluated(place: Path, shots: int) -> dict[str, Any]:
-    answer = _raymeta(["evaluate", str(place), f"evaluation.shots={shots}", "--json"], capture=True)
+def _evaluated(place: Path, *settings: str) -> dict[str, Any]:
+    """The test again, with other settings."""
+    answer = _raymeta(["evaluate", str(place), *settings, "--json"], capture=True)
     found: dict[str, Any] = json.loads(answer)
     return found
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from benchmarks.accuracy.rows import OMNIGLOT, PAPERS, SINUSOID, SINUSOID_PAPERS, SINUSOID_SHOTS
+from benchmarks.accuracy.rows import OMNIGLOT, PAPERS, SINUSOID, SINUSOID_PAPERS, SINUSOID_SHOTS, WITHOUT_GENERATED
 
 
 def tables(found: list[dict[str, Any]], machine: str) -> str:
     """Both tables, what they stand for, and the machine."""
     classification = [row for row in found if row["recipe"].startswith(OMNIGLOT)]
     regression = [row for row in found if row["recipe"].startswith(SINUSOID)]
+    generative = [row for row in found if "without" in row]
     lines = [
         "# What each learner reaches",
         "",
@@ -31,8 +32,27 @@ def tables(found: list[dict[str, Any]], machine: str) -> str:
         "|---|---|---|---|---|---|---|",
         *(_regression(row) for row in sorted(regression, key=lambda row: row["shots"]["10"]["mean"])),
         "",
+        *(_generated(generative) if generative else []),
     ]
     return "\n".join(lines)
+
+
+def _generated(rows: list[dict[str, Any]]) -> list[str]:
+    """What the generated examples give, whatever it is."""
+    lines = [
+        f"The same learners on the same test tasks, in %, with generated examples and without (`{WITHOUT_GENERATED}`).",
+        "",
+        "| `raymeta evaluate` | transductive: with | without | gain | inductive: with | without | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = []
+        for kind in ("batch", "support"):
+            with_, without = row["test"][kind], row["without"][kind]
+            cells += [f"{100 * each['mean']:.2f} ± {100 * each['ci95']:.2f}" for each in (with_, without)]
+            cells.append(f"{100 * (with_['mean'] - without['mean']):+.2f}")
+        lines.append(f"| `{row['recipe']}` | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _classification(row: dict[str, Any]) -> str:

@@ -43,6 +43,19 @@ def test_rows_are_run_once_and_make_both_tables(tmp_path: Path) -> None:
     assert (tmp_path / "RESULTS.md").read_text() == table
 
 
+@pytest.mark.long
+def test_generated_examples_are_compared_with_none(tmp_path: Path) -> None:
+    smaller = ["tasks.ways=6", "model.filters=4", "outer.steps=1", "outer.tasks_per_step=1", "evaluation.every_steps=1"]
+    name = "omniglot-5w1s-vae-augmentation"
+    done = run(tmp_path, name, "--", *FEWER, *smaller)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "rows" / f"{name}.json").read_text())
+    assert found["without"].keys() == {"batch", "support"}
+    with_, without = found["test"]["support"]["mean"], found["without"]["support"]["mean"]
+    line = next(line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    assert f"| {100 * (with_ - without):+.2f} |" in line
+
+
 def test_a_variant_is_a_recipe_with_other_settings() -> None:
     for name, (recipe, own) in VARIANTS.items():
         assert name in rows([])
