@@ -224,7 +224,8 @@ class SlowForAStep(OneIsSlow):
         return self.learner.meta_gradient(model, params, batch, step)
 
 
-def test_work_that_moved_is_called_off(lines, params, marks):
+@pytest.mark.parametrize("aggregation", ["none", "node"])
+def test_work_that_moved_is_called_off(lines, params, marks, aggregation, capfd):
     """The slow worker leaves what others have done, and is there again after the chunk that it was at."""
 
     def build() -> WorkerParts:
@@ -232,7 +233,7 @@ def test_work_that_moved_is_called_off(lines, params, marks):
         return replace(parts, learner=SlowForAStep(parts.learner, marks))
 
     patient = replace(SHORT, least_seconds=60, straggler_factor=3, straggler_seconds=0.3)
-    with RayPool(build, count=2, cpus_per_worker=0.5, deadlines=patient) as pool:
+    with RayPool(build, count=2, cpus_per_worker=0.5, deadlines=patient, aggregation=aggregation) as pool:
         had: list[int] = []
         step, end = 0, time.monotonic() + 30
         while not any(each > 1 for each in had) and time.monotonic() < end:
@@ -242,6 +243,7 @@ def test_work_that_moved_is_called_off(lines, params, marks):
             had = [int(line.split()[0]) for path in noted for line in path.read_text().splitlines()]
     assert had[-1] > 1, "the slow worker never came back"
     assert had.count(1) < TASKS / 2, "it did all of its share"
+    assert "Unhandled error" not in capfd.readouterr().err
 
 
 def test_an_abandoned_call_ends_while_the_workers_compute(lines, params, first_numbers, marks):
