@@ -23,7 +23,8 @@ def recorded(name: str, record: Path, overrides: list[str]) -> dict[str, Any] | 
         return None
     recipe, own = recipe_of(name)
     found: dict[str, Any] = json.loads(known.read_text())
-    return found if found["state"] == _state(recipe, [*own, *overrides]) else None
+    whole = "without" in found or recipe not in GENERATIVE
+    return found if whole and found["state"] == _state(recipe, [*own, *overrides]) else None
 
 
 def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:
@@ -48,22 +49,25 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
         before["seconds"] += time.perf_counter() - started
         clock.write_text(json.dumps(before))
     test = _last_tests(place)
+    config = load_config(recipe, overrides)
     found: dict[str, Any] = {
         "state": state,
         "recipe": recipe,
         "command": "raymeta " + " ".join(command),
         "seconds": before["seconds"],
-        "steps": load_config(recipe, overrides).outer.steps,
+        "steps": config.outer.steps,
         "test": test,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
     if recipe.startswith(SINUSOID):
-        found["shots"] = {str(shots): _evaluated(place, f"evaluation.shots={shots}") for shots in SINUSOID_SHOTS}
-    if recipe in GENERATIVE:
-        found["without"] = {
-            kind: _evaluated(place, WITHOUT_GENERATED, f"evaluation.statistics={kind}") for kind in ("batch", "support")
+        found["shots"] = {
+            str(shots): _evaluated(place, config.evaluation.test_tasks, f"evaluation.shots={shots}")
+            for shots in SINUSOID_SHOTS
         }
+    if recipe in GENERATIVE:
+        without = _evaluated(place, config.evaluation.test_tasks, WITHOUT_GENERATED)
+        found["without"] = {each["statistics"]: each for each in (without, without.pop("other_statistics"))}
     record.mkdir(parents=True, exist_ok=True)
     (record / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -84,10 +88,11 @@ def _last_tests(place: Path) -> dict[str, Any]:
     return tests
 
 
-def _evaluated(place: Path, *settings: str) -> dict[str, Any]:
+def _evaluated(place: Path, tasks: int, *settings: str) -> dict[str, Any]:
     """The test again, with other settings."""
-    answer = _raymeta(["evaluate", str(place), *settings, "--json"], capture=True)
+    answer = _raymeta(["evaluate", str(place), *settings, "--episodes", str(tasks), "--json"], capture=True)
     found: dict[str, Any] = json.loads(answer)
+    del found["run_dir"]  # a path of the machine
     return found
 
 

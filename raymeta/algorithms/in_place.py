@@ -7,6 +7,7 @@ same. Which tensors share memory is found by a run on "fake" tensors, which have
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
 
@@ -52,7 +55,11 @@ def write_in_place(program: fx.GraphModule, tensors: list[Tensor]) -> int:
     """
     with FakeTensorMode() as mode, torch.no_grad():
         run = _FakeRun(program, mode)
-        run.run([mode.from_tensor(value) for value in tensors])
+        try:
+            run.run([mode.from_tensor(value) for value in tensors])
+        except Exception as error:  # an operation without fake tensors: the program is right as it is
+            logger.debug("what lies in whose memory is not known: %s", error)
+            return 0
     memories = _memories(program.graph, run.found)
     changed = 0
     for place, node in enumerate(program.graph.nodes):

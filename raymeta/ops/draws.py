@@ -33,8 +33,9 @@ def keys_by_purpose(
     seed: int, purposes: Sequence[Key], step: int, tasks: Tensor, device: torch.device | str = "cpu"
 ) -> Sequence[Tensor]:
     """`task_keys` for each of these purposes, in the calls of one."""
+    mixed = mix(tasks + 1)
     starts = [int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True) for purpose in purposes]
-    return mix(mix(tasks + 1) + torch.tensor(starts)[:, None]).to(device).unbind()
+    return mix(torch.stack([mixed + start for start in starts])).to(device).unbind()
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:

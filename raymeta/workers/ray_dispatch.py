@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -69,6 +70,13 @@ class Dispatch:
             RunError: nobody is left that could go on.
             Abandoned: see the arguments.
         """
+        try:
+            self._complete()
+        except BaseException:
+            self._leave()
+            raise
+
+    def _complete(self) -> None:
         members = self._crew.members
         while missing := self._job.missing():
             self._end_if_abandoned()
@@ -90,7 +98,8 @@ class Dispatch:
     def _current(self, moved: bool = False) -> list[tuple[Member, Call]]:
         """The calls of this job that are waited for; `moved`: those too whose work went to others as well."""
         calls = ((member, member.call) for member in self._crew.members)
-        return [(each, call) for each, call in calls if call and call.number == self._number and call.moved <= moved]
+        mine = ((member, call) for member, call in calls if call and call.number == self._number)
+        return [(member, call) for member, call in mine if call.off_at is None and call.moved <= moved]
 
     # Giving
 
@@ -134,7 +143,7 @@ class Dispatch:
         if self._sums is None:
             return False
         fetched = False
-        busy = {member.node for member, _ in self._current()}
+        busy = {member.node for member, _ in self._current()} | self._sharing.waiting_nodes()
         for node in self._sums.nodes() - busy:
             held = self._sums.take(node)
             adder = next((member for member in self._crew.members if member.idle and member.node == node), None)
@@ -188,11 +197,21 @@ class Dispatch:
 
     def _call_off(self) -> None:
         """Stop the calls whose work others have done, between two units: such a worker is there for the next step."""
-        late = [(member, call) for member, call in self._current(moved=True) if call.off_at is None and not call.adds]
-        missing = set(self._job.missing()) if late else set()
-        for member, call in late:
+        at_work = [(member, call) for member, call in self._current(moved=True) if not call.adds]
+        missing = set(self._job.missing()) if at_work else set()
+        if self._sums is not None:
+            missing -= self._sums.units()  # they are done, on a node
+        for member, call in at_work:
             if missing.isdisjoint(call.units):
                 ray.cancel(member.ref)
+                call.off_at = time.monotonic()
+
+    def _leave(self) -> None:
+        """The job ends by an error: its calls are stopped between two units."""
+        for member, call in self._current(moved=True):
+            if not call.adds:
+                with contextlib.suppress(Exception):  # the error that ends the job is the one to be seen
+                    ray.cancel(member.ref)
                 call.off_at = time.monotonic()
 
     def _fetch(self, held: Sequence[Held]) -> None:

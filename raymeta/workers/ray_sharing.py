@@ -49,6 +49,10 @@ class Sharing:
         """When units no longer wait for this worker; inf where none do."""
         return self._back_by(member) if member.number in self._reserved else math.inf
 
+    def waiting_nodes(self) -> set[str]:
+        """The nodes of workers that units wait for."""
+        return {self._crew.members[number].node for number in self._reserved}
+
     def _for_those_back(self, open_units: Sequence[int]) -> tuple[Given, list[int]]:
         """What waited for workers that are back, and what waits for nobody."""
         given, left = [], list(open_units)

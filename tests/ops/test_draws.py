@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from raymeta.ops.draws import KeyedDropout, derived_key, keep_mask, mix, normals, task_keys
+from raymeta.ops.draws import KeyedDropout, derived_key, keep_mask, keys_by_purpose, mix, normals, task_keys
 
 KEY = torch.tensor(1234567, dtype=torch.int64)
 
@@ -191,3 +191,11 @@ def test_normals_by_key() -> None:
     assert bool((torch.corrcoef(flat) - torch.eye(3)).abs().max() < 5 / 200)
     assert float((drawn[0, :, 0] * drawn[0, :, 1]).mean().abs()) < 5 / 141
     assert normals(keys, (2,), torch.zeros(())).dtype == torch.float32
+
+
+def test_keys_are_made_where_the_tasks_are() -> None:
+    """No tensor of the processor's meets one of another device's; seen without a GPU, by tensors without values."""
+    tasks = torch.arange(4, device="meta")
+    for keys in keys_by_purpose(0, ("support", "query"), 3, tasks, "meta"):
+        assert keys.device.type == "meta"
+        assert keys.shape == (4,)
