@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from importlib import resources
 from pathlib import Path
@@ -88,8 +89,8 @@ def _use(place: Path, config: Config) -> None:
     )
     learner = raymeta.load(place / "run")
     images = len(learner.input_shape) == 3
-    write = _folders if images else _table
-    files = write(place / "support", *support, learner.regression), write(place / "query", *query, learner.regression)
+    write = _folders if images else functools.partial(_table, regression=learner.regression)
+    files = write(place / "support", *support), write(place / "query", *query)
     command = ["adapt", place / "run", "--support", files[0], "--query", files[1], "--output", place / "found.csv"]
     names = [name for name in pa.csv.read_csv(files[0]).column_names if name.startswith("y")] if not images else []
     if learner.regression:
@@ -98,6 +99,8 @@ def _use(place: Path, config: Config) -> None:
     found = pa.csv.read_csv(place / "found.csv")
     if learner.regression:
         predicted = learner.adapt(*support).predict(query[0])
+        assert np.isfinite(predicted).all()
+        assert len(predicted) == len(query[0])
         np.testing.assert_allclose(np.stack([found[name] for name in names], 1), predicted, rtol=1e-4, atol=1e-5)
         return
     # The files are read class by class.
@@ -106,12 +109,13 @@ def _use(place: Path, config: Config) -> None:
         x if images else support[0], [f"class {label:02}" for label in (y if images else support[1])]
     )
     probabilities = fitted.predict_proba(rows if images else query[0])
+    assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
     columns = [found[f"probability_{name}"].to_numpy() for name in fitted.labels]
     np.testing.assert_allclose(np.stack(columns, 1), probabilities, atol=2e-3 if images else 1e-5)
     assert set(found["prediction"].to_pylist()) <= set(fitted.labels)
 
 
-def _folders(place: Path, x: np.ndarray, y: np.ndarray, regression: bool) -> Path:
+def _folders(place: Path, x: np.ndarray, y: np.ndarray) -> Path:
     """Dark ink on white paper, in bytes; a folder for each class."""
     for row, (image, label) in enumerate(zip(x, y, strict=True)):
         folder = place / f"class {label:02}"

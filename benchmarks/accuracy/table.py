@@ -49,7 +49,7 @@ def _generated(rows: list[dict[str, Any]]) -> list[str]:
         cells = []
         for kind in ("batch", "support"):
             with_, without = row["test"][kind], row["without"][kind]
-            cells += [f"{100 * each['mean']:.2f} ± {100 * each['ci95']:.2f}" for each in (with_, without)]
+            cells += [_percent(with_), _percent(without)]
             cells.append(f"{100 * (with_['mean'] - without['mean']):+.2f}")
         lines.append(f"| `{row['recipe']}` | {' | '.join(cells)} |")
     return [*lines, ""]
@@ -60,10 +60,14 @@ def _classification(row: dict[str, Any]) -> str:
     figure, source = PAPERS.get(row["recipe"].removeprefix(OMNIGLOT), ("", ""))
     paper = f"{figure} ({source})" if figure else ""
     steps = test["batch"]["inner_steps"] or "none"
-    values = [f"{100 * test[kind]['mean']:.2f} ± {100 * test[kind]['ci95']:.2f}" for kind in ("batch", "support")]
+    values = [_percent(test[kind]) for kind in ("batch", "support")]
     command = row["command"].removeprefix("raymeta train ")
     minutes = row["seconds"] / 60
     return f"| `{command}` | {row['steps']:,} | {minutes:.1f} | {steps} | {values[0]} | {values[1]} | {paper} |"
+
+
+def _percent(test: dict[str, Any]) -> str:
+    return f"{100 * test['mean']:.2f} ± {100 * test['ci95']:.2f}"
 
 
 def _regression(row: dict[str, Any]) -> str:
