@@ -203,16 +203,18 @@ class Dispatch:
             missing -= self._sums.units()  # they are done, on a node
         for member, call in at_work:
             if missing.isdisjoint(call.units):
-                ray.cancel(member.ref)
-                call.off_at = time.monotonic()
+                self._cancel(member, call)
 
     def _leave(self) -> None:
         """The job ends by an error: its calls are stopped between two units."""
         for member, call in self._current(moved=True):
             if not call.adds:
                 with contextlib.suppress(Exception):  # the error that ends the job is the one to be seen
-                    ray.cancel(member.ref)
-                call.off_at = time.monotonic()
+                    self._cancel(member, call)
+
+    def _cancel(self, member: Member, call: Call) -> None:
+        call.off_at = time.monotonic()
+        ray.cancel(member.ref)
 
     def _fetch(self, held: Sequence[Held]) -> None:
         """Take these sums to the driver as they are."""

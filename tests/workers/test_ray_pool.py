@@ -174,22 +174,26 @@ def test_work_moves_from_a_slow_worker_to_the_others(lines, params, marks):
 
 @dataclass(frozen=True)
 class OneIsSlow:
-    """A learner that is slow in the first worker that computes with it; which tasks it had there is noted."""
+    """A learner that is slow in the first worker that computes with it, or that has tasks of `only_step`, in that step
+    alone; which tasks it had there is noted."""
 
     learner: Any
     marks: Path
+    seconds: float = 0.05
+    only_step: int | None = None
 
     def init(self, model: Any, seed: int) -> Any:
         return self.learner.init(model, seed)
 
     def meta_gradient(self, model: Any, params: Any, batch: Any, step: int) -> Any:
         mine = self.marks / str(os.getpid())
-        if first_time(self.marks / "slow"):
+        slow = self.only_step in (None, step)
+        if slow and first_time(self.marks / "slow"):
             mine.write_text("")
         if mine.exists():
             with mine.open("a") as file:
                 file.write("".join(f"{step} {task}\n" for task in batch.tasks.tolist()))
-            time.sleep(0.05)
+            time.sleep(self.seconds if slow else 0.0)
         return self.learner.meta_gradient(model, params, batch, step)
 
 
@@ -209,28 +213,13 @@ def test_a_worker_that_is_always_slow_gets_a_smaller_share(lines, params, marks)
     assert statistics.median(had[6:]) <= TASKS / 4
 
 
-@dataclass(frozen=True)
-class SlowForAStep(OneIsSlow):
-    """As `OneIsSlow`, but in step 1 alone, and so much that its work moves."""
-
-    def meta_gradient(self, model: Any, params: Any, batch: Any, step: int) -> Any:
-        mine = self.marks / str(os.getpid())
-        if step == 1 and first_time(self.marks / "slow"):
-            mine.write_text("")
-        if mine.exists():
-            with mine.open("a") as file:
-                file.write("".join(f"{step} {task}\n" for task in batch.tasks.tolist()))
-            time.sleep(1.0 if step == 1 else 0.0)
-        return self.learner.meta_gradient(model, params, batch, step)
-
-
 @pytest.mark.parametrize("aggregation", ["none", "node"])
 def test_work_that_moved_is_called_off(lines, params, marks, aggregation, capfd):
     """The slow worker leaves what others have done, and is there again after the chunk that it was at."""
 
     def build() -> WorkerParts:
         parts = lines()()
-        return replace(parts, learner=SlowForAStep(parts.learner, marks))
+        return replace(parts, learner=OneIsSlow(parts.learner, marks, seconds=1.0, only_step=1))
 
     patient = replace(SHORT, least_seconds=60, straggler_factor=3, straggler_seconds=0.3)
     with RayPool(build, count=2, cpus_per_worker=0.5, deadlines=patient, aggregation=aggregation) as pool:
