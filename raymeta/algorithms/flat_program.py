@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from raymeta.algorithms.in_place import write_in_place
+from raymeta.ops.native import operators
 
 _aten = torch.ops.aten
 
@@ -52,6 +53,7 @@ _SHORT: dict[Any, Callable[..., Any]] = {
     _aten.native_batch_norm.default: torch.native_batch_norm,
     _aten.zeros_like.default: torch.zeros_like,
     _aten.ones_like.default: torch.ones_like,
+    **operators.DIRECT,
 }
 
 

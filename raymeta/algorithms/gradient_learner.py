@@ -28,7 +28,6 @@ from raymeta.algorithms.outer_gradients import (
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled
 from raymeta.ops.draws import derived_key
-from raymeta.ops.folding import dense
 from raymeta.params import Params, model_params
 from raymeta.seeding import generator
 
@@ -169,7 +168,7 @@ class GradientLearner(Learner):
 
         def start(params: Params) -> Params:
             own = self.weights(params)
-            return {name: dense(own[name]).expand(count, *own[name].shape) for name in names}
+            return {name: model.shared(own[name], count) for name in names}
 
         def objective(fast: Params, params: Params, number: int) -> Tensor:
             own = self.weights(params)

@@ -87,7 +87,8 @@ class Learner(ABC):
             (training alone; nothing on a CPU); "bfloat16": matrix products in bfloat16 (torch.autocast),
             parameters, losses and sums as they are.
         kernels: "task": known layers run by kernels that know the task dimension (`raymeta.ops.task_kernels`);
-            "general": all by vmap's own rules.
+            "native": by kernels of our own where there are some (`raymeta.ops.native`; on a CPU, and the machine needs
+            a C compiler); "general": all by vmap's own rules; "auto": "native" where there is a compiler, else "task".
         compile: fuse the recorded computation by `torch.compile` (`raymeta.algorithms.program`): for small models.
         loss, metric: names in `raymeta.metrics`.
         seed: of every draw inside an adaptation.
@@ -96,7 +97,7 @@ class Learner(ABC):
 
     batching: Batching = "vmap"
     precision: Precision = "float32"
-    kernels: Kernels = "task"
+    kernels: Kernels = "auto"
     compile: bool = False
     loss: str = "cross_entropy"
     metric: str = "accuracy"

@@ -24,12 +24,15 @@ from raymeta.algorithms.program import Programs
 from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics, StatedBatchNorm, StatisticsSwitch, state_batch_norms
 from raymeta.ops.draws import KeyedDropout
+from raymeta.ops.folding import dense
+from raymeta.ops.native import library
+from raymeta.ops.native.operators import shared_weight
 from raymeta.ops.task_kernels import TaskKernels
 from raymeta.params import Params
 
 Batching = Literal["vmap", "loop"]
 Precision = Literal["float32", "tf32", "bfloat16"]
-Kernels = Literal["task", "general"]
+Kernels = Literal["auto", "native", "task", "general"]
 
 
 # Said of a model whose forward pass draws where no key reaches.
@@ -52,7 +55,7 @@ class TaskModel:
         module: nn.Module,
         batching: Batching = "vmap",
         precision: Precision = "float32",
-        kernels: Kernels = "task",
+        kernels: Kernels = "auto",
         extended: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.switch = StatisticsSwitch()
@@ -113,11 +116,21 @@ class TaskModel:
         with exact_kernels(self.recurrent):
             if self.batching == "vmap" and any(isinstance(a, Tensor) or a for a in arguments):
                 in_dims = tuple(None if argument is None or argument == {} else 0 for argument in arguments)
-                with TaskKernels() if self.kernels == "task" else contextlib.nullcontext():
+                with task_kernels(self.kernels):
                     return vmap(function, in_dims=in_dims, randomness="error")(*arguments)
             tasks = next(len(leaf) for leaf in _leaves(arguments))
             results = [function(*_row(arguments, task)) for task in range(tasks)]
             return _stack(results)
+
+    def shared(self, parameter: Tensor, tasks: int) -> Tensor:
+        """[T, ...] the parameter of all tasks, in the layout that is best for the kernels at work: a convolution's
+        weight is brought there once for all inner steps, rather than at each of its uses."""
+        if parameter.dim() != 4:
+            return parameter.expand(tasks, *parameter.shape)
+        mode = task_kernels(self.kernels)
+        if isinstance(mode, TaskKernels) and mode.native and parameter.device.type == "cpu":
+            return shared_weight(parameter, tasks)
+        return dense(parameter).expand(tasks, *parameter.shape)
 
     def _call(self, params: Params, x: Tensor) -> Tensor:
         if self.batching == "vmap":  # which itself refuses draws, and writing to buffers
@@ -151,6 +164,19 @@ class TaskModel:
             yield
 
 
+def task_kernels(kernels: Kernels) -> contextlib.AbstractContextManager[Any]:
+    """The lowering of layers by the setting `algorithm.kernels`: "auto" is "native" where that can be had, else "task".
+
+    Raises:
+        InputError: "native", without a C compiler.
+    """
+    if kernels == "general":
+        return contextlib.nullcontext()
+    if kernels == "native":
+        library.kernels()
+    return TaskKernels(native=kernels == "native" or (kernels == "auto" and library.can_run()))
+
+
 def _generator_states(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
@@ -166,7 +192,7 @@ def task_model(
     module: nn.Module,
     batching: Batching = "vmap",
     precision: Precision = "float32",
-    kernels: Kernels = "task",
+    kernels: Kernels = "auto",
     extended: Callable[[nn.Module], nn.Module] | None = None,
 ) -> TaskModel:
     """The prepared copy of `module`, made once for each batching, precision, choice of kernels and extension.

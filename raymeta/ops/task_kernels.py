@@ -3,12 +3,15 @@
 The module is not changed and need not know: while `TaskKernels` is active, calls of `torch.nn.functional` that have
 such a kernel go to it, and everything else goes the general way, by vmap's own rules. So does a known call with unusual
 arguments, on a GPU, or inside a transformation of the user's own (`torch.func.grad` in a forward method).
+
+Two sets of kernels: those that call torch's, and those of our own (`raymeta.ops.native`), which go before them where
+they are allowed and know the call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +20,55 @@ from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
 from raymeta.ops.convolution import Geometry, Pair, convolution
+from raymeta.ops.native import layers
 from raymeta.ops.normalisation import batch_normalised
 from raymeta.ops.pooling import Window, max_pooled
 from raymeta.ops.rectifier import rectified
 
 
 class TaskKernels(TorchFunctionMode):
-    """See the module."""
+    """See the module.
+
+    Args:
+        native: kernels of our own go before torch's; `raymeta.ops.native.library.can_run()` must hold.
+    """
+
+    def __init__(self, native: bool = False) -> None:
+        super().__init__()
+        self.native = native
+        # The call before this one, where it was a batch norm: what it returned, and what from. A ReLU that comes next
+        # is one kernel with it. (What comes later may find other values there: `y += shortcut`.)
+        self._normalised: _Normalised | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        before, self._normalised = self._normalised, None
         lower = _LOWERINGS.get(func)
-        if lower is not None and (_only_mapped() or func in _ANYWHERE):
+        if lower is None or not (_only_mapped() or func in _ANYWHERE):
+            return func(*args, **(kwargs or {}))
+        if not self.native:
             return lower(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        if lower is _relu and before is not None:
+            return _after_batch_norm(before, *args, **(kwargs or {}))
+        result = _NATIVE.get(lower, lower)(*args, **(kwargs or {}))
+        if isinstance(result, _Normalised):
+            self._normalised = result
+            return result.y
+        return result
 
 
 def _only_mapped() -> bool:
     """Whether the one transformation under way is a vmap."""
     stack = _functorch.get_interpreter_stack()
     return stack is not None and len(stack) == 1 and stack[0].key() == _functorch.TransformType.Vmap
+
+
+class _Normalised(NamedTuple):
+    """What a batch norm returns, and what from: x, weight, bias, eps."""
+
+    y: Tensor
+    of: tuple[Any, ...]
 
 
 def _conv2d(
@@ -80,9 +111,50 @@ def _max_pool2d(
     if return_indices or input.dim() != 4 or not _known(input):
         general: Callable[..., Any] = F.max_pool2d  # whose stubs want `return_indices` written out
         return general(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return max_pooled(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
+
+
+def _native_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    around = _around(padding, weight, _pair(dilation))
+    alike = all(value.dtype == input.dtype for value in (weight, bias) if value is not None)
+    cast = torch.is_autocast_enabled("cpu")
+    if groups != 1 or around is None or input.dim() != 4 or weight.dim() != 4 or cast or not (alike and _real(input)):
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return layers.convolution(input, weight, bias, layers.Places(_pair(stride), around, _pair(dilation)))
+
+
+def _native_batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor | _Normalised:  # fmt: skip
+    unlike = any(value is not None and value.dtype != input.dtype for value in (weight, bias))
+    refused = input.dim() not in (2, 4) or input.numel() == input.shape[1] or torch.is_autocast_enabled("cpu")
+    if not training or running_mean is not None or unlike or refused or not _real(input):
+        return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    of = (input, weight, bias, eps)
+    return _Normalised(layers.normalised(*of, rectify=False), of)
+
+
+def _after_batch_norm(before: _Normalised, input: Tensor, inplace: bool = False) -> Tensor:
+    # The batch norm alone, which was computed before, is not used: a recording leaves it out.
+    return _relu(input, inplace) if inplace or input is not before.y else layers.normalised(*before.of, rectify=True)
+
+
+def _native_max_pool2d(
+    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:  # fmt: skip
+    if return_indices or input.dim() != 4 or not _real(input):
+        return _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return layers.pooled(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
+
+
+def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window:
     size = _pair(kernel_size)
-    window = Window(size, _pair(stride) if stride else size, _pair(padding), _pair(dilation), ceil_mode)
-    return max_pooled(input, window)
+    return Window(size, _pair(stride) if stride else size, _pair(padding), _pair(dilation), ceil_mode)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,6 +189,11 @@ def _known(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.is_floating_point()
 
 
+def _real(x: Tensor) -> bool:
+    """Whether the kernels of our own know it."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
 def _pair(value: int | tuple[int, ...]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
@@ -132,6 +209,12 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     torch.max_pool2d: _max_pool2d,
     Tensor.view: _view,
     Tensor.view_as: _view_as,
+}
+# What kernels of our own go before.
+_NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
+    _conv2d: _native_conv2d,
+    _batch_norm: _native_batch_norm,
+    _max_pool2d: _native_max_pool2d,
 }
 # Inside the user's own transformations too: what a kernel made may come in there.
 _ANYWHERE = frozenset({Tensor.view, Tensor.view_as})

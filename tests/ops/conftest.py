@@ -19,7 +19,14 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
 class Compared:
-    """Runs a function of one task for many tasks, with and without the task kernels."""
+    """Runs a function of one task for many tasks, with and without the task kernels.
+
+    Args:
+        native: kernels of our own go before torch's.
+    """
+
+    def __init__(self, native: bool) -> None:
+        self.native = native
 
     def run(
         self,
@@ -38,7 +45,7 @@ class Compared:
             return torch.randn(like.shape, generator=draw, dtype=torch.float64).to(like.dtype)
 
         leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-        with TaskKernels() if kernels else contextlib.nullcontext():
+        with TaskKernels(self.native) if kernels else contextlib.nullcontext():
             value = (over_tasks if loop else vmap)(function, in_dims)(*leaves)
         adjoint = normal(value).requires_grad_()
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -103,6 +110,6 @@ def nodes(value: Tensor) -> set[str]:
     return {node.name() for node in found}
 
 
-@pytest.fixture
-def compared() -> Compared:
-    return Compared()
+@pytest.fixture(params=[False, True], ids=["torch's", "native"])
+def compared(request: pytest.FixtureRequest) -> Compared:
+    return Compared(request.param)

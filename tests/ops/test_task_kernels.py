@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 from raymeta.models import Conv4, ResNet12
 from raymeta.ops import task_kernels
 from raymeta.ops.batch_norm import StatisticsSwitch, state_batch_norms
-from raymeta.ops.convolution import convolution
+from raymeta.ops.native import layers
 from raymeta.ops.task_kernels import TaskKernels
 
 ROW = (3, 16, 16)
@@ -153,12 +153,15 @@ def test_inside_a_transformation_of_the_user_the_general_path_is_taken(
 ) -> None:
     """The energy's last layer is outside its own `grad`, the first layer of the other outside its own `vmap`."""
     depths: list[int] = []
+    place = layers if compared.native else task_kernels
+    convolution = place.convolution
 
     def counted(*arguments: Any) -> Tensor:
         depths.append(len(_functorch.get_interpreter_stack()))
-        return convolution(*arguments)
+        result: Tensor = convolution(*arguments)
+        return result
 
-    monkeypatch.setattr(task_kernels, "convolution", counted)
+    monkeypatch.setattr(place, "convolution", counted)
     assert same(compared, module) >= {"_ForwardBackward"}
     assert depths
     assert set(depths) == {1}

@@ -1,0 +1,249 @@
+"""Convolution, and batch normalisation with a ReLU behind it, by the kernels of our own; differentiable twice.
+
+The functions are called under `torch.func.vmap` over tasks, and what they make has an explicit task dimension, in which
+autograd then works: [T, B, C, H, W] with the channels last in memory, one task after the other. (torch's kernels want
+the tasks beside the channels instead; see `raymeta.ops.convolution`, which has the derivatives' mathematics, as
+`raymeta.ops.normalisation` has that of the batch norm. A gate of the ReLU has no derivative.)
+
+Legend: T tasks, B rows, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raymeta.ops.folding import rows_in, rows_out
+from raymeta.ops.native import operators
+from raymeta.ops.pooling import Window, max_pooled
+
+_ops = torch.ops.raymeta
+Pair = tuple[int, int]
+
+
+# Before a function of autograd, which keeps what it is given: not a copy that it made for itself.
+_last = operators.channels_last
+
+
+class Places(NamedTuple):
+    """Where a convolution puts its weight."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> Tensor:
+    """Under vmap, [B, C', H', W'] from x [B, C, H, W], weight [C', C, h, w] and bias [C']. Differentiable any number of
+    times."""
+    return _over_tasks(_convolution, x, weight, bias, places)
+
+
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:
+    """Under vmap, the batch norm of x [B, C, ...] by the statistics of its own rows, and max(., 0) with `rectify`."""
+    return _over_tasks(_normalised, x, weight, bias, eps, rectify)
+
+
+def pooled(x: Tensor, window: Window) -> Tensor:
+    """Under vmap, the max-pooling of x [B, C, H, W]: all rows of all tasks alike."""
+    return _over_tasks(_pooled, x, window)
+
+
+def _over_tasks(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    result: Tensor = _OverTasks.apply(function, *arguments)
+    return result
+
+
+class _OverTasks(torch.autograd.Function):
+    """Leaves vmap: calls the function with an explicit task dimension where the caller sees one task. A tensor that is
+    the same for all tasks has 1 there."""
+
+    @staticmethod
+    def forward(*_: Any) -> Any:
+        raise AssertionError("called outside vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], function: Any, *arguments: Any) -> tuple[Tensor, int]:
+        moved = []
+        for argument, task_dim in zip(arguments, in_dims[1:], strict=True):
+            if isinstance(argument, Tensor):
+                argument = argument.unsqueeze(0) if task_dim is None else argument.movedim(task_dim, 0)
+            moved.append(argument)
+        return function(info.batch_size, *moved), 0
+
+
+def _for_each(value: Tensor, tasks: int) -> Tensor:
+    return value.expand(tasks, *value.shape[1:])
+
+
+def _convolution(tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> Tensor:
+    if len(weight) == 1 and (bias is None or len(bias) == 1):  # one weight for all: the tasks are so many more rows
+        rows = rows_in(x, 0).unsqueeze(0)
+        result = rows_out(_Forward.apply(_last(rows), weight, bias, places)[0], len(x))
+        return _for_each(result, tasks)
+    bias = None if bias is None else _for_each(bias, tasks)
+    result = _Forward.apply(_last(_for_each(x, tasks)), _for_each(weight, tasks), bias, places)
+    return result
+
+
+class _Forward(torch.autograd.Function):
+    """F(x, w) + bias, of x [T, B, C, H, W], w [T, C', C, h, w] and bias [T, C']."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> Tensor:
+        _remember(ctx, x, weight, places)
+        result: Tensor = _ops.convolution(x, weight, bias, *places)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        return (
+            _Input.apply(_last(gradient), weight, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None,
+            _Weight.apply(_last(x), _last(gradient), weight.shape[3:], ctx.places) if ctx.needs_input_grad[1] else None,
+            _ChannelSums.apply(gradient) if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+class _Input(torch.autograd.Function):
+    """I(g, w), of the shape of x."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, weight: Tensor, size: torch.Size, places: Places) -> Tensor:
+        _remember(ctx, gradient, weight, places)
+        result: Tensor = _ops.convolution_input(gradient, weight, size, *places)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
+        if adjoint is None:
+            return None, None, None, None
+        gradient, weight = ctx.saved_tensors
+        return (
+            _Forward.apply(_last(adjoint), weight, None, ctx.places) if ctx.needs_input_grad[0] else None,
+            _Weight.apply(_last(adjoint), _last(gradient), weight.shape[3:], ctx.places) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+class _Weight(torch.autograd.Function):
+    """W(x, g), of the shape of w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, size: torch.Size, places: Places) -> Tensor:
+        _remember(ctx, x, gradient, places)
+        result: Tensor = _ops.convolution_weight(x, gradient, size, *places)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
+        if adjoint is None:
+            return None, None, None, None
+        x, gradient = ctx.saved_tensors
+        return (
+            _Input.apply(_last(gradient), adjoint, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None,
+            _Forward.apply(_last(x), adjoint, None, ctx.places) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def _remember(ctx: Any, first: Tensor, second: Tensor, places: Places) -> None:
+    ctx.save_for_backward(first, second)
+    ctx.places = places
+    ctx.set_materialize_grads(False)
+
+
+class _ChannelSums(torch.autograd.Function):
+    """[T, C] of x [T, B, C, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        result: Tensor = _ops.channel_sums(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: Tensor) -> Tensor:
+        return adjoint.reshape(len(adjoint), 1, -1, *[1] * (len(ctx.shape) - 3)).expand(ctx.shape)
+
+
+def _normalised(
+    tasks: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool
+) -> Tensor:
+    x = _last(_for_each(x, tasks))
+    weight, bias = (None if value is None else _for_each(value, tasks) for value in (weight, bias))
+    result: Tensor = _Normalise.apply(x, weight, bias, eps, rectify)
+    return result
+
+
+class _Normalise(torch.autograd.Function):
+    """y from x [T, B, C, ...], weight and bias [T, C]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool
+    ) -> Tensor:
+        y, mean, scale = _ops.normalise(x, weight, bias, eps, rectify)
+        ctx.save_for_backward(x, weight, bias, mean, scale)
+        ctx.rectify = rectify
+        ctx.set_materialize_grads(False)
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None, None, None
+        found = _NormaliseBackward.apply(_last(gradient), *ctx.saved_tensors, ctx.rectify)
+        return *(f if needed else None for f, needed in zip(found, ctx.needs_input_grad[:3], strict=True)), None, None
+
+
+class _NormaliseBackward(torch.autograd.Function):
+    """What the gradient of y sends to x, weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = _ops.normalise_backward(gradient, *values)
+        *tensors, ctx.rectify = values
+        ctx.save_for_backward(gradient, *tensors, *found[1:])
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *adjoints: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 4  # to bias, of which the gate alone knows; mean, scale, which are x's; rectify
+        if all(adjoint is None for adjoint in adjoints):
+            return None, None, None, *nothing
+        to_gradient, to_x, to_weight = _NormaliseSecondBackward.apply(*adjoints, *ctx.saved_tensors, ctx.rectify)
+        return to_gradient, to_x, to_weight if ctx.needs_input_grad[2] else None, *nothing
+
+
+class _NormaliseSecondBackward(torch.autograd.Function):
+    """What the adjoints of `_NormaliseBackward` send to the gradient, x and weight; the end of the derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = _ops.normalise_second_backward(*values)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "the batch norm of raymeta.ops.native has no third derivative; set algorithm.kernels=general"
+        )
+
+
+def _pooled(tasks: int, x: Tensor, window: Window) -> Tensor:
+    return _for_each(rows_out(max_pooled(rows_in(x, 0), window), len(x)), tasks)

@@ -1,0 +1,122 @@
+"""Builds the kernels with the machine's own C compiler, once, and loads them.
+
+They are compiled for the very processor that they run on (a factor of two over what every processor has), so no
+ready-made file could stand for them. What was built is kept in the user's cache and found by its source, the compiler
+and the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from raymeta.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SOURCE = "task_kernels.c"
+# The processor's own instructions first; not every compiler knows a name for them.
+_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+_COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-shared", "-fPIC")
+_SECONDS = 300
+
+WITHOUT = "install one (gcc or clang; CC names another), or set algorithm.kernels=task, which needs none"
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    """The library, built if need be.
+
+    Raises:
+        InputError: there is no C compiler, or it fails.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise InputError(f"algorithm.kernels=native needs a C compiler, and there is none: {WITHOUT}")
+    return ctypes.CDLL(os.fspath(_built(compiler)))
+
+
+@functools.cache
+def can_run() -> bool:
+    """Whether the kernels can be had on this machine. What keeps a compiler from building them is logged, once."""
+    try:
+        kernels()
+    except (InputError, OSError) as error:
+        logger.info("torch's kernels are used (algorithm.kernels=task): %s", error)
+        return False
+    return True
+
+
+def _compiler() -> list[str] | None:
+    """The command of the C compiler; None: there is none."""
+    named = shlex.split(os.environ.get("CC", ""))
+    if named:
+        return named if shutil.which(named[0]) else None
+    found = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
+    return None if found is None else [found]
+
+
+def _built(compiler: list[str]) -> Path:
+    source = resources.files(__package__).joinpath(SOURCE).read_bytes()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_SECONDS).stdout
+    parts = [source, version, shlex.join(compiler).encode(), _processor(), sys.platform.encode(), repr(_FLAGS).encode()]
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+    built = _cache() / f"task_kernels-{name}.so"
+    if not built.exists():
+        _build(compiler, source, built)
+    return built
+
+
+def _build(compiler: list[str], source: bytes, built: Path) -> None:
+    # Under a name of its own, and then moved: several workers may build at once, and none may load half a file.
+    with tempfile.TemporaryDirectory(dir=built.parent, prefix="building-") as folder:
+        path, result = Path(folder, SOURCE), Path(folder, built.name)
+        path.write_bytes(source)
+        for flags in _FLAGS:
+            command = [*compiler, *_COMMON, *flags, "-o", os.fspath(result), os.fspath(path), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
+            if done.returncode == 0:
+                result.replace(built)
+                return
+    raise InputError(
+        f"algorithm.kernels=native: the compiler fails: {shlex.join(command)}: {done.stderr.strip()[-500:]}; {WITHOUT}"
+    )
+
+
+def _cache() -> Path:
+    """A folder of this user alone: what lies there is loaded as code."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(base, "raymeta")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="raymeta-kernels-"))
+
+
+def _processor() -> bytes:
+    """What the processor can do: a cache may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}".encode()
+    kept = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part", "vendor_id"))}
+    return "\n".join(sorted(kept)).encode()

@@ -1,0 +1,720 @@
+/* Convolution and batch normalisation of many tasks at once, each with weights of its own, on one processor core.
+ *
+ * Legend: T tasks, B rows, H x W positions of the input, P x Q of the output, C channels of the input, K of the output.
+ * Activations lie densely as [T, B, H, W, C] and [T, B, P, Q, K], weights in any layout. `first` to `last` are the tasks
+ * that a call is for. A sum has one fixed order, whatever `first` and `last` are.
+ *
+ * The file includes itself once for each type. Vectors are those of GCC and Clang, as wide as the processor's.
+ */
+#ifndef REAL
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A tile of TALL rows by WIDE vectors stays in registers, with the operands that are multiplied into it. */
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define WIDE 4
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#define WIDE 2
+#else
+#define VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define WIDE 4
+#else
+#define WIDE 2
+#endif
+#endif
+#define TALL 6
+
+/* What is read again and again is kept to so much: half of a first-level cache, and a part of a second-level one. */
+#define NEAR_BYTES 16384
+/* So many values are added in the type itself, one after the other, before they go to a sum in double. */
+#define RUN 32
+
+typedef int64_t whole;
+
+typedef struct {
+    whole rows, in_height, in_width, in_channels, out_height, out_width, out_channels;
+    whole height, width, stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width;
+    /* Of a weight [T, K, C, height, width], in elements. */
+    whole task_step, out_step, in_step, height_step, width_step;
+} Geometry;
+
+static inline whole least(whole a, whole b) { return a < b ? a : b; }
+static inline whole most(whole a, whole b) { return a > b ? a : b; }
+static inline whole over(whole a, whole b) { return (a + b - 1) / b; }
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define INLINE static inline __attribute__((always_inline))
+
+#define REAL float
+#define NAME(name) JOIN(name, _float32)
+#include "task_kernels.c"
+#undef REAL
+#undef NAME
+
+#define REAL double
+#define NAME(name) JOIN(name, _float64)
+#include "task_kernels.c"
+#undef REAL
+#undef NAME
+
+#else
+
+#define LANES ((whole)(VECTOR_BYTES / sizeof(REAL)))
+#define Vector NAME(Vector)
+#define Taps NAME(Taps)
+
+typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL))));
+
+/* The first `count` lanes, zeros beyond. */
+INLINE Vector NAME(read)(const REAL *from, whole count) {
+    if (count >= LANES) return *(const Vector *)from;
+    Vector value = {0};
+    memcpy(&value, from, (size_t)count * sizeof(REAL));
+    return value;
+}
+
+INLINE void NAME(write)(REAL *to, Vector value, whole count) {
+    if (count >= LANES) *(Vector *)to = value;
+    else memcpy(to, &value, (size_t)count * sizeof(REAL));
+}
+
+/* Convolution -------------------------------------------------------------------------------------------------- */
+
+/* What one position of the result gathers from: places in a row of the source, and the weight of each, [depth, width]. */
+typedef struct {
+    whole count;
+    whole *place;
+    const REAL **weight;
+} Taps;
+
+/* TALL rows or less of WIDE vectors or less: y[r] = bias + sum over taps and depth of x[r, tap, depth] weight[tap, depth]. */
+INLINE void NAME(gather_tile)(
+    int tall, int wide, const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, whole column,
+    const REAL *bias, REAL *y, whole y_step, whole width
+) {
+    Vector sum[TALL][WIDE];
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) {
+        Vector start = {0};
+        if (bias) start = NAME(read)(bias + w * LANES, width - w * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < tall; r++) sum[r][w] = start;
+    }
+    for (whole tap = 0; tap < taps->count; tap++) {
+        const REAL *weight = taps->weight[tap] + column, *from = x + taps->place[tap];
+        for (whole d = 0; d < depth; d++, weight += weight_step) {
+            Vector factor[WIDE];
+#pragma GCC unroll 8
+            for (int w = 0; w < wide; w++) factor[w] = *(const Vector *)(weight + w * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < tall; r++) {
+                Vector value = (Vector){0} + from[r * x_step + d];
+#pragma GCC unroll 8
+                for (int w = 0; w < wide; w++) sum[r][w] += value * factor[w];
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < tall; r++)
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) NAME(write)(y + r * y_step + w * LANES, sum[r][w], width - w * LANES);
+}
+
+/* A tile whose size is known when the program runs, by tiles whose size is known when it is compiled. */
+#define TILES_OF(wide, CALL) \
+    switch (tall) { \
+    case 1: CALL(1, wide); break; \
+    case 2: CALL(2, wide); break; \
+    case 3: CALL(3, wide); break; \
+    case 4: CALL(4, wide); break; \
+    case 5: CALL(5, wide); break; \
+    default: CALL(6, wide); \
+    }
+#if WIDE == 4
+#define TILES(CALL) \
+    switch (wide) { \
+    case 1: TILES_OF(1, CALL) break; \
+    case 2: TILES_OF(2, CALL) break; \
+    case 3: TILES_OF(3, CALL) break; \
+    default: TILES_OF(4, CALL) \
+    }
+#else
+#define TILES(CALL) \
+    switch (wide) { \
+    case 1: TILES_OF(1, CALL) break; \
+    default: TILES_OF(2, CALL) \
+    }
+#endif
+
+/* One position of the result in all rows. */
+static void NAME(gather)(
+    const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, const REAL *bias, REAL *y,
+    whole y_step, whole rows, whole channels
+) {
+    for (whole column = 0; column < channels; column += WIDE * LANES) {
+        whole width = least(channels - column, WIDE * LANES);
+        int wide = (int)over(width, LANES);
+        const REAL *start = bias ? bias + column : 0;
+        whole tiles = over(rows, TALL);
+        for (whole tile = 0; tile < tiles; tile++) {
+            whole row = rows * tile / tiles;
+            int tall = (int)(rows * (tile + 1) / tiles - row);
+            const REAL *from = x + row * x_step;
+            REAL *to = y + row * y_step + column;
+#define CALL(tall, wide) \
+    NAME(gather_tile)(tall, wide, from, x_step, taps, depth, weight_step, column, start, to, y_step, width)
+            TILES(CALL)
+#undef CALL
+        }
+    }
+}
+
+static int NAME(taps_for)(Taps *taps, const Geometry *g) {
+    taps->place = malloc((size_t)(g->height * g->width) * sizeof(whole));
+    taps->weight = malloc((size_t)(g->height * g->width) * sizeof(REAL *));
+    return taps->place && taps->weight;
+}
+
+static void NAME(taps_done)(Taps *taps) {
+    free(taps->place);
+    free(taps->weight);
+}
+
+/* F(x, w) + bias. Returns 0, or 1 where there is no memory. */
+int NAME(convolution)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last) {
+    whole C = g->in_channels, K = g->out_channels, padded = over(K, LANES) * LANES, taps_all = g->height * g->width;
+    whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
+    int lies = g->out_step == 1 && g->in_step == K && g->width_step == C * K && g->height_step == g->width * C * K && K == padded;
+    Taps taps = {0};
+    REAL *packed = lies ? 0 : calloc((size_t)(taps_all * C * padded), sizeof(REAL));
+    if (!NAME(taps_for)(&taps, g) || (!lies && !packed)) {
+        NAME(taps_done)(&taps);
+        free(packed);
+        return 1;
+    }
+    for (whole t = first; t < last; t++) {
+        const REAL *w = weight + t * g->task_step;
+        if (!lies) {
+            for (whole i = 0; i < g->height; i++)
+                for (whole j = 0; j < g->width; j++)
+                    for (whole c = 0; c < C; c++) {
+                        const REAL *from = w + i * g->height_step + j * g->width_step + c * g->in_step;
+                        REAL *to = packed + ((i * g->width + j) * C + c) * padded;
+                        for (whole k = 0; k < K; k++) to[k] = from[k * g->out_step];
+                    }
+            w = packed;
+        }
+        for (whole p = 0; p < g->out_height; p++)
+            for (whole q = 0; q < g->out_width; q++) {
+                taps.count = 0;
+                for (whole i = 0; i < g->height; i++) {
+                    whole h = p * g->stride_height - g->padding_height + i * g->dilation_height;
+                    if (h < 0 || h >= g->in_height) continue;
+                    for (whole j = 0; j < g->width; j++) {
+                        whole l = q * g->stride_width - g->padding_width + j * g->dilation_width;
+                        if (l < 0 || l >= g->in_width) continue;
+                        taps.place[taps.count] = (h * g->in_width + l) * C;
+                        taps.weight[taps.count++] = w + (i * g->width + j) * C * padded;
+                    }
+                }
+                NAME(gather)(
+                    x + t * g->rows * x_step, x_step, &taps, C, padded, bias ? bias + t * K : 0,
+                    y + t * g->rows * y_step + (p * g->out_width + q) * K, y_step, g->rows, K
+                );
+            }
+    }
+    NAME(taps_done)(&taps);
+    free(packed);
+    return 0;
+}
+
+/* I(gradient, w): what the gradient of the output sends to the input. */
+int NAME(convolution_input)(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last) {
+    whole C = g->in_channels, K = g->out_channels, padded = over(C, LANES) * LANES, taps_all = g->height * g->width;
+    whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
+    Taps taps = {0};
+    REAL *packed = calloc((size_t)(taps_all * K * padded), sizeof(REAL));
+    if (!NAME(taps_for)(&taps, g) || !packed) {
+        NAME(taps_done)(&taps);
+        free(packed);
+        return 1;
+    }
+    for (whole t = first; t < last; t++) {
+        const REAL *w = weight + t * g->task_step;
+        for (whole i = 0; i < g->height; i++)
+            for (whole j = 0; j < g->width; j++) {
+                const REAL *tap = w + i * g->height_step + j * g->width_step;
+                REAL *to = packed + (i * g->width + j) * K * padded;
+                for (whole k = 0; k < K; k++)
+                    for (whole c = 0; c < C; c++) to[k * padded + c] = tap[k * g->out_step + c * g->in_step];
+            }
+        for (whole h = 0; h < g->in_height; h++)
+            for (whole l = 0; l < g->in_width; l++) {
+                taps.count = 0;
+                for (whole i = 0; i < g->height; i++) {
+                    whole p = h + g->padding_height - i * g->dilation_height;
+                    if (p < 0 || p % g->stride_height || p / g->stride_height >= g->out_height) continue;
+                    for (whole j = 0; j < g->width; j++) {
+                        whole q = l + g->padding_width - j * g->dilation_width;
+                        if (q < 0 || q % g->stride_width || q / g->stride_width >= g->out_width) continue;
+                        taps.place[taps.count] = (p / g->stride_height * g->out_width + q / g->stride_width) * K;
+                        taps.weight[taps.count++] = packed + (i * g->width + j) * K * padded;
+                    }
+                }
+                NAME(gather)(
+                    gradient + t * g->rows * y_step, y_step, &taps, K, padded, 0,
+                    x + t * g->rows * x_step + (h * g->in_width + l) * C, x_step, g->rows, C
+                );
+            }
+    }
+    NAME(taps_done)(&taps);
+    free(packed);
+    return 0;
+}
+
+/* Where a weight's tap sees the input: rows of a block, and the output positions at which it is inside. */
+typedef struct {
+    whole row, last_row, p, last_p, q, last_q;
+    whole x_row, x_height, x_width, y_row, y_height, y_width; /* steps in elements, of one step of row, p, q */
+} NAME(Seen);
+
+/* to[r, w] += sum over what is seen of x[r] gradient[w]. */
+INLINE void NAME(outer_tile)(int tall, int wide, const REAL *x, const REAL *gradient, const NAME(Seen) *s, REAL *to, whole to_step) {
+    Vector sum[TALL][WIDE];
+#pragma GCC unroll 8
+    for (int r = 0; r < tall; r++)
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) sum[r][w] = *(const Vector *)(to + r * to_step + w * LANES);
+    for (whole row = s->row; row < s->last_row; row++)
+        for (whole p = s->p; p < s->last_p; p++) {
+            const REAL *from = x + row * s->x_row + p * s->x_height + s->q * s->x_width;
+            const REAL *other = gradient + row * s->y_row + p * s->y_height + s->q * s->y_width;
+            for (whole q = s->q; q < s->last_q; q++, from += s->x_width, other += s->y_width) {
+                Vector factor[WIDE];
+#pragma GCC unroll 8
+                for (int w = 0; w < wide; w++) factor[w] = *(const Vector *)(other + w * LANES);
+#pragma GCC unroll 8
+                for (int r = 0; r < tall; r++) {
+                    Vector value = (Vector){0} + from[r];
+#pragma GCC unroll 8
+                    for (int w = 0; w < wide; w++) sum[r][w] += value * factor[w];
+                }
+            }
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < tall; r++)
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) *(Vector *)(to + r * to_step + w * LANES) = sum[r][w];
+}
+
+/* to[depth, columns] += sum over what is seen of x[depth] gradient[columns]; columns in whole vectors. */
+static void NAME(outer)(
+    const REAL *x, const REAL *gradient, const NAME(Seen) *seen, REAL *to, whole depth, whole columns
+) {
+    whole tiles = over(depth, TALL);
+    for (whole column = 0; column < columns; column += WIDE * LANES) {
+        int wide = (int)(least(columns - column, WIDE * LANES) / LANES);
+        for (whole tile = 0; tile < tiles; tile++) {
+            whole d = depth * tile / tiles;
+            int tall = (int)(depth * (tile + 1) / tiles - d);
+#define CALL(tall, wide) NAME(outer_tile)(tall, wide, x + d, gradient + column, seen, to + d * columns + column, columns)
+            TILES(CALL)
+#undef CALL
+        }
+    }
+}
+
+/* W(x, gradient): [T, height, width, C, K] densely, what the gradient of the output sends to the weight. */
+int NAME(convolution_weight)(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last) {
+    whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
+    whole columns = over(K, LANES) * LANES, taps = g->height * g->width;
+    whole x_step = g->in_height * g->in_width * C, y_step = P * Q * K;
+    /* Few channels (an image's) fill no tile: with zeros around the image, the taps of one line are so many more. */
+    int framed = C < TALL && g->dilation_width == 1;
+    whole frame_height = (P - 1) * g->stride_height + (g->height - 1) * g->dilation_height + 1;
+    whole frame_width = (Q - 1) * g->stride_width + g->width;
+    REAL *frame = framed ? calloc((size_t)(B * frame_height * frame_width * C), sizeof(REAL)) : 0;
+    REAL *wide_gradient = K == columns ? 0 : calloc((size_t)(B * P * Q * columns), sizeof(REAL));
+    REAL *wide_weight = K == columns ? 0 : malloc((size_t)(taps * C * columns) * sizeof(REAL));
+    if ((framed && !frame) || (K != columns && (!wide_gradient || !wide_weight))) {
+        free(frame);
+        free(wide_gradient);
+        free(wide_weight);
+        return 1;
+    }
+    whole line_bytes = Q * columns * (whole)sizeof(REAL);
+    whole p_block = most(1, least(P, NEAR_BYTES / line_bytes));
+    whole row_block = p_block < P ? 1 : most(1, NEAR_BYTES / (P * line_bytes));
+    for (whole t = first; t < last; t++) {
+        const REAL *source = x + t * B * x_step, *other = gradient + t * B * y_step;
+        REAL *to = wide_weight ? wide_weight : weight + t * taps * C * K;
+        memset(to, 0, (size_t)(taps * C * columns) * sizeof(REAL));
+        if (wide_gradient) {
+            for (whole n = 0; n < B * P * Q; n++) memcpy(wide_gradient + n * columns, other + n * K, (size_t)K * sizeof(REAL));
+            other = wide_gradient;
+        }
+        if (framed) {
+            whole left = most(0, g->padding_width), right = least(frame_width, g->in_width + g->padding_width);
+            for (whole b = 0; b < B; b++)
+                for (whole h = 0; h < frame_height; h++) {
+                    whole from = h - g->padding_height;
+                    if (from < 0 || from >= g->in_height || right <= left) continue;
+                    memcpy(
+                        frame + ((b * frame_height + h) * frame_width + left) * C,
+                        source + b * x_step + from * g->in_width * C, (size_t)((right - left) * C) * sizeof(REAL)
+                    );
+                }
+            source = frame;
+        }
+        whole height = framed ? frame_height : g->in_height, width = framed ? frame_width : g->in_width;
+        NAME(Seen) seen = {
+            .x_row = height * width * C, .x_height = g->stride_height * width * C, .x_width = g->stride_width * C,
+            .y_row = P * Q * columns, .y_height = Q * columns, .y_width = columns,
+        };
+        for (whole row = 0; row < B; row += row_block)
+            for (whole block = 0; block < P; block += p_block)
+                for (whole i = 0; i < g->height; i++)
+                    for (whole j = 0; j < (framed ? 1 : g->width); j++) {
+                        whole up = i * g->dilation_height - (framed ? 0 : g->padding_height);
+                        whole along = framed ? 0 : j * g->dilation_width - g->padding_width;
+                        seen.row = row;
+                        seen.last_row = least(B, row + row_block);
+                        seen.p = most(block, up < 0 ? over(-up, g->stride_height) : 0);
+                        seen.last_p = least(least(P, block + p_block), up >= height ? 0 : (height - 1 - up) / g->stride_height + 1);
+                        seen.q = along < 0 ? over(-along, g->stride_width) : 0;
+                        seen.last_q = least(Q, along >= width ? 0 : (width - 1 - along) / g->stride_width + 1);
+                        if (seen.p >= seen.last_p || seen.q >= seen.last_q) continue;
+                        NAME(outer)(
+                            source + (up * width + along) * C, other, &seen, to + (i * g->width + j) * C * columns,
+                            framed ? g->width * C : C, columns
+                        );
+                    }
+        if (wide_weight)
+            for (whole n = 0; n < taps * C; n++)
+                memcpy(weight + (t * taps * C + n) * K, wide_weight + n * columns, (size_t)K * sizeof(REAL));
+    }
+    free(frame);
+    free(wide_gradient);
+    free(wide_weight);
+    return 0;
+}
+
+/* Batch normalisation ------------------------------------------------------------------------------------------ */
+
+/* y = w s (x - mean) + b. Written once, so that every pass finds the same bits. */
+INLINE Vector NAME(normal)(Vector x, Vector mean, Vector factor, Vector bias) { return (x - mean) * factor + bias; }
+
+/* value where y > 0, else 0; what is not a number lets pass, so that it is seen. */
+INLINE Vector NAME(gated)(Vector value, Vector y) {
+    /* A comparison gives -1, all bits set, where it holds. */
+    return (Vector)((__typeof__(y <= y))value & ~(y <= (Vector){0}));
+}
+
+#define UNROLL _Pragma("GCC unroll 8")
+/* WIDE vectors of channels at a time, then one, then what is left of one: CALL(wide, column, count of lanes). */
+#define OVER_CHANNELS(channels, CALL) \
+    do { \
+        whole column = 0; \
+        for (; column + WIDE * LANES <= (channels); column += WIDE * LANES) CALL(WIDE, column, LANES); \
+        for (; column + LANES <= (channels); column += LANES) CALL(1, column, LANES); \
+        if (column < (channels)) CALL(1, column, (channels) - column); \
+    } while (0)
+
+/* The values of some channels that a batch norm is made of. */
+typedef struct {
+    Vector mean[WIDE], scale[WIDE], factor[WIDE], bias[WIDE];
+} NAME(Norm);
+
+INLINE void NAME(set_norm)(
+    NAME(Norm) *norm, int wide, whole count, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale
+) {
+    UNROLL for (int w = 0; w < wide; w++) {
+        norm->mean[w] = NAME(read)(mean + w * LANES, count);
+        norm->scale[w] = NAME(read)(scale + w * LANES, count);
+        norm->factor[w] = weight ? norm->scale[w] * NAME(read)(weight + w * LANES, count) : norm->scale[w];
+        norm->bias[w] = bias ? NAME(read)(bias + w * LANES, count) : (Vector){0};
+    }
+}
+
+/* mean and scale = 1 / sqrt(variance + eps) of n values a channel. The variance is that of runs of RUN values around
+ * the run's own mean, joined one after the other (Chan, Golub and LeVeque). */
+INLINE void NAME(statistics)(
+    int wide, whole count, const REAL *x, whole n, whole channels, double eps, REAL *mean, REAL *scale
+) {
+    double centre[WIDE][LANES], squares[WIDE][LANES];
+    for (int w = 0; w < wide; w++)
+        for (int lane = 0; lane < LANES; lane++) centre[w][lane] = squares[w][lane] = 0;
+    for (whole row = 0; row < n; row += RUN) {
+        whole end = least(n, row + RUN);
+        Vector middle[WIDE], square[WIDE];
+        UNROLL for (int w = 0; w < wide; w++) middle[w] = square[w] = (Vector){0};
+        for (whole r = row; r < end; r++)
+            UNROLL for (int w = 0; w < wide; w++) middle[w] += NAME(read)(x + r * channels + w * LANES, count);
+        UNROLL for (int w = 0; w < wide; w++) middle[w] /= (REAL)(end - row);
+        for (whole r = row; r < end; r++)
+            UNROLL for (int w = 0; w < wide; w++) {
+                Vector d = NAME(read)(x + r * channels + w * LANES, count) - middle[w];
+                square[w] += d * d;
+            }
+        double part = (double)(end - row) / (double)end, joined = (double)row * part;
+        for (int w = 0; w < wide; w++)
+            for (int lane = 0; lane < LANES; lane++) {
+                double apart = (double)middle[w][lane] - centre[w][lane];
+                centre[w][lane] += apart * part;
+                squares[w][lane] += (double)square[w][lane] + apart * apart * joined;
+            }
+    }
+    for (int w = 0; w < wide; w++) {
+        Vector middle = {0}, spread = {0};
+        for (int lane = 0; lane < LANES; lane++) {
+            middle[lane] = (REAL)centre[w][lane];
+            spread[lane] = (REAL)(1 / sqrt(squares[w][lane] / (double)n + eps));
+        }
+        NAME(write)(mean + w * LANES, middle, count);
+        NAME(write)(scale + w * LANES, spread, count);
+    }
+}
+
+INLINE void NAME(normalise_some)(
+    int wide, whole count, const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale,
+    whole n, whole channels, double eps, int rectify
+) {
+    NAME(Norm) norm;
+    NAME(statistics)(wide, count, x, n, channels, eps, mean, scale);
+    NAME(set_norm)(&norm, wide, count, weight, bias, mean, scale);
+    for (whole r = 0; r < n; r++)
+        UNROLL for (int w = 0; w < wide; w++) {
+            Vector value = NAME(read)(x + r * channels + w * LANES, count);
+            value = NAME(normal)(value, norm.mean[w], norm.factor[w], norm.bias[w]);
+            NAME(write)(y + r * channels + w * LANES, rectify ? NAME(gated)(value, value) : value, count);
+        }
+}
+
+/* y = w s (x - mean) + b of n values a channel each, or max(y, 0) with `rectify`; mean; and scale, which is s. */
+void NAME(normalise)(
+    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale, whole n, whole channels,
+    double eps, int rectify, whole first, whole last
+) {
+    for (whole t = first; t < last; t++) {
+        whole all = t * n * channels;
+#define CALL(wide, column, count) \
+    NAME(normalise_some)( \
+        wide, count, x + all + column, weight ? weight + t * channels + column : 0, \
+        bias ? bias + t * channels + column : 0, y + all + column, mean + t * channels + column, \
+        scale + t * channels + column, n, channels, eps, rectify \
+    )
+        OVER_CHANNELS(channels, CALL);
+#undef CALL
+    }
+}
+
+/* The gradient of y behind the gate of the ReLU. */
+INLINE Vector NAME(slope)(const REAL *gradient, whole count, Vector x, const NAME(Norm) *norm, int w, int rectify) {
+    Vector slope = NAME(read)(gradient, count);
+    return rectify ? NAME(gated)(slope, NAME(normal)(x, norm->mean[w], norm->factor[w], norm->bias[w])) : slope;
+}
+
+INLINE void NAME(normalise_backward_some)(
+    int wide, whole count, const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean,
+    const REAL *scale, REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify
+) {
+    NAME(Norm) norm;
+    double total[WIDE][LANES], product[WIDE][LANES];
+    NAME(set_norm)(&norm, wide, count, weight, bias, mean, scale);
+    for (int w = 0; w < wide; w++)
+        for (int lane = 0; lane < LANES; lane++) total[w][lane] = product[w][lane] = 0;
+    for (whole row = 0; row < n; row += RUN) {
+        whole end = least(n, row + RUN);
+        Vector sum[WIDE], along[WIDE];
+        UNROLL for (int w = 0; w < wide; w++) sum[w] = along[w] = (Vector){0};
+        for (whole r = row; r < end; r++)
+            UNROLL for (int w = 0; w < wide; w++) {
+                whole at = r * channels + w * LANES;
+                Vector value = NAME(read)(x + at, count);
+                Vector slope = NAME(slope)(gradient + at, count, value, &norm, w, rectify);
+                sum[w] += slope;
+                along[w] += slope * (value - norm.mean[w]);
+            }
+        for (int w = 0; w < wide; w++)
+            for (int lane = 0; lane < LANES; lane++) {
+                total[w][lane] += (double)sum[w][lane];
+                product[w][lane] += (double)along[w][lane];
+            }
+    }
+    Vector by_distance[WIDE] = {{0}}, alone[WIDE] = {{0}};
+    for (int w = 0; w < wide; w++) {
+        Vector all = {0}, weighted = {0};
+        for (int lane = 0; lane < LANES; lane++) {
+            double s = norm.scale[w][lane], f = norm.factor[w][lane];
+            by_distance[w][lane] = (REAL)(-f * s * s * product[w][lane] / (double)n);
+            alone[w][lane] = (REAL)(-f * total[w][lane] / (double)n);
+            all[lane] = (REAL)total[w][lane];
+            weighted[lane] = (REAL)(s * product[w][lane]);
+        }
+        NAME(write)(products + w * LANES, weighted, count);
+        NAME(write)(totals + w * LANES, all, count);
+    }
+    for (whole r = 0; r < n; r++)
+        UNROLL for (int w = 0; w < wide; w++) {
+            whole at = r * channels + w * LANES;
+            Vector value = NAME(read)(x + at, count);
+            Vector slope = NAME(slope)(gradient + at, count, value, &norm, w, rectify);
+            Vector result = alone[w] + norm.factor[w] * slope + by_distance[w] * (value - norm.mean[w]);
+            NAME(write)(to_x + at, result, count);
+        }
+}
+
+/* What the gradient of y sends to x, and by channel to the weight (products) and the bias (totals). */
+void NAME(normalise_backward)(
+    const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale,
+    REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify, whole first, whole last
+) {
+    for (whole t = first; t < last; t++) {
+        whole all = t * n * channels;
+#define CALL(wide, column, count) \
+    NAME(normalise_backward_some)( \
+        wide, count, gradient + all + column, x + all + column, weight ? weight + t * channels + column : 0, \
+        bias ? bias + t * channels + column : 0, mean + t * channels + column, scale + t * channels + column, \
+        to_x + all + column, products + t * channels + column, totals + t * channels + column, n, channels, rectify \
+    )
+        OVER_CHANNELS(channels, CALL);
+#undef CALL
+    }
+}
+
+INLINE void NAME(normalise_second_backward_some)(
+    int wide, whole count, const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient,
+    const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products,
+    const REAL *totals, REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify
+) {
+    NAME(Norm) norm;
+    double total[WIDE][LANES], product[WIDE][LANES], shared[WIDE][LANES];
+    NAME(set_norm)(&norm, wide, count, weight, bias, mean, scale);
+    for (int w = 0; w < wide; w++)
+        for (int lane = 0; lane < LANES; lane++) total[w][lane] = product[w][lane] = shared[w][lane] = 0;
+    for (whole row = 0; adjoint && row < n; row += RUN) {
+        whole end = least(n, row + RUN);
+        Vector sum[WIDE], along[WIDE], common[WIDE];
+        UNROLL for (int w = 0; w < wide; w++) sum[w] = along[w] = common[w] = (Vector){0};
+        for (whole r = row; r < end; r++)
+            UNROLL for (int w = 0; w < wide; w++) {
+                whole at = r * channels + w * LANES;
+                Vector value = NAME(read)(x + at, count), wish = NAME(read)(adjoint + at, count);
+                Vector slope = NAME(slope)(gradient + at, count, value, &norm, w, rectify);
+                sum[w] += wish;
+                along[w] += wish * (value - norm.mean[w]);
+                common[w] += wish * slope;
+            }
+        for (int w = 0; w < wide; w++)
+            for (int lane = 0; lane < LANES; lane++) {
+                total[w][lane] += (double)sum[w][lane];
+                product[w][lane] += (double)along[w][lane];
+                shared[w][lane] += (double)common[w][lane];
+            }
+    }
+    /* Both results are linear in the adjoint (wish), the gradient (slope), the distance from the mean, and 1. */
+    Vector back_distance[WIDE] = {{0}}, back_alone[WIDE] = {{0}}, by_slope[WIDE] = {{0}}, by_wish[WIDE] = {{0}};
+    Vector by_distance[WIDE] = {{0}}, alone[WIDE] = {{0}};
+    for (int w = 0; w < wide; w++) {
+        Vector a = to_products ? NAME(read)(to_products + w * LANES, count) : (Vector){0};
+        Vector c = to_totals ? NAME(read)(to_totals + w * LANES, count) : (Vector){0};
+        Vector gw = NAME(read)(products + w * LANES, count), gb = NAME(read)(totals + w * LANES, count);
+        Vector own = {0};
+        for (int lane = 0; lane < LANES; lane++) {
+            double s = norm.scale[w][lane], f = norm.factor[w][lane], size = (double)n, p = s * product[w][lane];
+            double difference = shared[w][lane] - (total[w][lane] * gb[lane] + p * gw[lane]) / size;
+            double of_slope = a[lane] - f * p / size, of_wish = -f * gw[lane] / size;
+            back_distance[w][lane] = (REAL)(s * of_slope);
+            back_alone[w][lane] = (REAL)(c[lane] - f * total[w][lane] / size);
+            by_slope[w][lane] = (REAL)(s * of_slope);
+            by_wish[w][lane] = (REAL)(s * of_wish);
+            by_distance[w][lane] = (REAL)(-s * s * (of_slope * gw[lane] + of_wish * p + f * difference) / size);
+            alone[w][lane] = (REAL)(-s * (of_slope * gb[lane] + of_wish * total[w][lane]) / size);
+            own[lane] = (REAL)(s * difference);
+        }
+        NAME(write)(to_weight + w * LANES, own, count);
+    }
+    for (whole r = 0; r < n; r++)
+        UNROLL for (int w = 0; w < wide; w++) {
+            whole at = r * channels + w * LANES;
+            Vector value = NAME(read)(x + at, count), d = value - norm.mean[w];
+            Vector slope = NAME(read)(gradient + at, count), wish = adjoint ? NAME(read)(adjoint + at, count) : (Vector){0};
+            Vector back = back_alone[w] + norm.factor[w] * wish + back_distance[w] * d;
+            if (rectify) {
+                Vector y = NAME(normal)(value, norm.mean[w], norm.factor[w], norm.bias[w]);
+                slope = NAME(gated)(slope, y);
+                back = NAME(gated)(back, y);
+            }
+            NAME(write)(to_gradient + at, back, count);
+            NAME(write)(to_x + at, alone[w] + by_slope[w] * slope + by_wish[w] * wish + by_distance[w] * d, count);
+        }
+}
+
+/* What the adjoints of `normalise_backward`'s results send to the gradient, to x and to the weight. Adjoints that are
+ * not there (null) are zero. */
+void NAME(normalise_second_backward)(
+    const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient, const REAL *x,
+    const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products, const REAL *totals,
+    REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify, whole first, whole last
+) {
+    for (whole t = first; t < last; t++) {
+        whole all = t * n * channels;
+#define AT(values) ((values) ? (values) + t * channels + column : 0)
+#define CALL(wide, column, count) \
+    NAME(normalise_second_backward_some)( \
+        wide, count, adjoint ? adjoint + all + column : 0, AT(to_products), AT(to_totals), gradient + all + column, \
+        x + all + column, AT(weight), AT(bias), AT(mean), AT(scale), AT(products), AT(totals), \
+        to_gradient + all + column, to_x + all + column, AT(to_weight), n, channels, rectify \
+    )
+        OVER_CHANNELS(channels, CALL);
+#undef CALL
+#undef AT
+    }
+}
+
+INLINE void NAME(channel_sums_some)(int wide, whole count, const REAL *x, REAL *sums, whole n, whole channels) {
+    double total[WIDE][LANES];
+    for (int w = 0; w < wide; w++)
+        for (int lane = 0; lane < LANES; lane++) total[w][lane] = 0;
+    for (whole row = 0; row < n; row += RUN) {
+        whole end = least(n, row + RUN);
+        Vector sum[WIDE];
+        UNROLL for (int w = 0; w < wide; w++) sum[w] = (Vector){0};
+        for (whole r = row; r < end; r++)
+            UNROLL for (int w = 0; w < wide; w++) sum[w] += NAME(read)(x + r * channels + w * LANES, count);
+        for (int w = 0; w < wide; w++)
+            for (int lane = 0; lane < LANES; lane++) total[w][lane] += (double)sum[w][lane];
+    }
+    for (int w = 0; w < wide; w++) {
+        Vector found = {0};
+        for (int lane = 0; lane < LANES; lane++) found[lane] = (REAL)total[w][lane];
+        NAME(write)(sums + w * LANES, found, count);
+    }
+}
+
+/* The sums of n values a channel each. */
+void NAME(channel_sums)(const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last) {
+    for (whole t = first; t < last; t++) {
+#define CALL(wide, column, count) \
+    NAME(channel_sums_some)(wide, count, x + t * n * channels + column, sums + t * channels + column, n, channels)
+        OVER_CHANNELS(channels, CALL);
+#undef CALL
+    }
+}
+
+#undef LANES
+#undef Vector
+#undef Taps
+#undef TILES
+#undef TILES_OF
+#undef UNROLL
+#undef OVER_CHANNELS
+
+#endif
