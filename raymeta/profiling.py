@@ -21,6 +21,8 @@ from torch import Tensor, fx
 from raymeta.algorithms import Learner
 from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.algorithms.program import RECORD_AFTER, signature
+from raymeta.algorithms.task_model import Kernels
+from raymeta.ops.native import library
 from raymeta.params import Params
 from raymeta.workers.reduction import chunk_count
 from raymeta.workers.worker import WorkerParts, keep_freed_memory
@@ -127,6 +129,7 @@ def profile(
 
         learner = parts.learner
         assert isinstance(learner, Learner)
+        learner = replace(learner, kernels=learner.kernels_for(parts.model))
         found = [measured(learner, size) for size in _sizes(tasks_per_step, chunk_tasks, workers, device)]
         size = min(found, key=lambda candidate: candidate.step_seconds).chunk_tasks
         variants = list(_variants(learner, try_compile))
@@ -150,7 +153,10 @@ def _sizes(tasks: int, chunk_tasks: int | None, workers: int, device: str) -> li
 
 def _variants(learner: Learner, try_compile: bool) -> Iterator[Learner]:
     """The learner with one setting changed."""
-    yield replace(learner, kernels="general" if learner.kernels == "task" else "task")
+    kernels: Kernels
+    for kernels in ("native", "task", "general"):
+        if kernels != learner.kernels and (kernels != "native" or library.can_run()):
+            yield replace(learner, kernels=kernels)
     if isinstance(learner, GradientLearner) and learner.outer_gradient == "exact" and learner.inner_steps > 1:
         unrolled = learner.memory == "unrolled" or (learner.memory == "auto" and learner.inner_steps <= 5)
         yield replace(learner, memory="flat" if unrolled else "unrolled")

@@ -14,6 +14,10 @@ import torch
 
 from benchmarks.accuracy.rows import GENERATIVE, SINUSOID, SINUSOID_SHOTS, WITHOUT_GENERATED, recipe_of
 from raymeta.config import load_config
+from raymeta.run_directory import RunDirectory
+
+# Which kernels a row was computed with; those that have no such mark, with torch's.
+KERNELS, TORCH_KERNELS = "kernels", "task"
 
 
 def recorded(name: str, record: Path, overrides: list[str]) -> dict[str, Any] | None:
@@ -58,6 +62,7 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
         "steps": config.outer.steps,
         "test": test,
         "torch": torch.__version__,
+        KERNELS: RunDirectory(place).read_config()["algorithm"]["kernels"],
         "date": time.strftime("%Y-%m-%d"),
     }
     if recipe.startswith(SINUSOID):
@@ -74,9 +79,11 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
 
 
 def _state(recipe: str, overrides: list[str]) -> str:
-    """A hash of the whole configuration: a row is known for it alone."""
-    resolved = json.dumps(load_config(recipe, overrides).resolved(), sort_keys=True)
-    return hashlib.sha256(resolved.encode()).hexdigest()[:16]
+    """A hash of the configuration: a row is known for it alone. The kernels, which only round otherwise, are put beside
+    it (`KERNELS`)."""
+    resolved = load_config(recipe, overrides).resolved()
+    resolved["algorithm"]["kernels"] = TORCH_KERNELS
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _last_tests(place: Path) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Learner(ABC):
             parameters, losses and sums as they are.
         kernels: "task": known layers run by kernels that know the task dimension (`raymeta.ops.task_kernels`);
             "native": by kernels of our own where there are some (`raymeta.ops.native`; on a CPU, and the machine needs
-            a C compiler); "general": all by vmap's own rules; "auto": "native" where there is a compiler, else "task".
+            a C compiler); "general": all by vmap's own rules; "auto": "native" where there is a compiler and a layer
+            that has such a kernel, else "task".
         compile: fuse the recorded computation by `torch.compile` (`raymeta.algorithms.program`): for small models.
         loss, metric: names in `raymeta.metrics`.
         seed: of every draw inside an adaptation.
@@ -241,6 +242,10 @@ class Learner(ABC):
     def prepared(self, model: nn.Module) -> TaskModel:
         """The prepared copy of `model` that all of this learner's calls share."""
         return task_model(model, self.batching, self.precision, self.kernels)
+
+    def kernels_for(self, model: nn.Module) -> Kernels:
+        """What `kernels` comes to for this model on this machine."""
+        return self.prepared(model).kernels
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         """[T] the loss of each task."""

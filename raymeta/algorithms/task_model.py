@@ -33,6 +33,8 @@ from raymeta.params import Params
 Batching = Literal["vmap", "loop"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 Kernels = Literal["auto", "native", "task", "general"]
+# The layers of torch for which there are kernels of our own, and which are worth building them for.
+NATIVE_LAYERS = (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, StatedBatchNorm)
 
 
 # Said of a model whose forward pass draws where no key reaches.
@@ -61,7 +63,7 @@ class TaskModel:
         self.switch = StatisticsSwitch()
         stated = state_batch_norms(copy.deepcopy(module), self.switch)
         self.module = stated if extended is None else extended(stated)
-        self.batching, self.precision, self.kernels = batching, precision, kernels
+        self.batching, self.precision, self.kernels = batching, precision, chosen_kernels(kernels, self.module)
         self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
         # The sets of fast parameters for which no function without a second derivative was found.
         self.differentiable_twice: set[tuple[str, ...]] = set()
@@ -116,7 +118,7 @@ class TaskModel:
         with exact_kernels(self.recurrent):
             if self.batching == "vmap" and any(isinstance(a, Tensor) or a for a in arguments):
                 in_dims = tuple(None if argument is None or argument == {} else 0 for argument in arguments)
-                with task_kernels(self.kernels):
+                with self._lowering():
                     return vmap(function, in_dims=in_dims, randomness="error")(*arguments)
             tasks = next(len(leaf) for leaf in _leaves(arguments))
             results = [function(*_row(arguments, task)) for task in range(tasks)]
@@ -127,10 +129,12 @@ class TaskModel:
         weight is brought there once for all inner steps, rather than at each of its uses."""
         if parameter.dim() != 4:
             return parameter.expand(tasks, *parameter.shape)
-        mode = task_kernels(self.kernels)
-        if isinstance(mode, TaskKernels) and mode.native and parameter.device.type == "cpu":
+        if self.kernels == "native" and parameter.device.type == "cpu":
             return shared_weight(parameter, tasks)
         return dense(parameter).expand(tasks, *parameter.shape)
+
+    def _lowering(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.kernels == "general" else TaskKernels(self.kernels == "native")
 
     def _call(self, params: Params, x: Tensor) -> Tensor:
         if self.batching == "vmap":  # which itself refuses draws, and writing to buffers
@@ -164,17 +168,20 @@ class TaskModel:
             yield
 
 
-def task_kernels(kernels: Kernels) -> contextlib.AbstractContextManager[Any]:
-    """The lowering of layers by the setting `algorithm.kernels`: "auto" is "native" where that can be had, else "task".
+def chosen_kernels(kernels: Kernels, module: nn.Module) -> Kernels:
+    """The setting `algorithm.kernels` for this module: where it is "auto", "native" for a module on a CPU that has a
+    layer for which there are such kernels, if they can be built here, else "task".
 
     Raises:
         InputError: "native", without a C compiler.
     """
-    if kernels == "general":
-        return contextlib.nullcontext()
     if kernels == "native":
-        library.kernels()
-    return TaskKernels(native=kernels == "native" or (kernels == "auto" and library.can_run()))
+        library.kernels("float")
+    if kernels != "auto":
+        return kernels
+    known = any(isinstance(part, NATIVE_LAYERS) for part in module.modules())
+    on_cpu = all(value.device.type == "cpu" for value in module.parameters())
+    return "native" if known and on_cpu and library.can_run() else "task"
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

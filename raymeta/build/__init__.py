@@ -19,7 +19,7 @@ from raymeta.build.running import (
     make_pool,
     make_trainer,
     read_initial_checkpoint,
-    with_chunks,
+    settled,
     worker_parts,
 )
 from raymeta.build.sources import describe_source, evaluation_changes, make_evaluation_source, make_source
@@ -44,8 +44,8 @@ __all__ = [
     "make_source",
     "make_trainer",
     "read_initial_checkpoint",
+    "settled",
     "trained",
-    "with_chunks",
     "with_fits",
     "worker_parts",
 ]

@@ -85,11 +85,16 @@ def make_pool(config: Config) -> WorkerPool:
     )
 
 
-def with_chunks(config: Config, parts: WorkerParts, params: Params, pool: WorkerPool) -> Config:
-    """`config` with the size of chunks by rule where it has none, which the pool is told."""
+def settled(config: Config, parts: WorkerParts, params: Params, pool: WorkerPool) -> Config:
+    """`config` with what was left to a rule: the kernels, as the workers say; and the size of chunks, which the pool is
+    told."""
+    report, algorithm = pool.reports[0], config.algorithm
+    if algorithm.arguments.get("kernels") == "auto" and report.kernels:
+        arguments = {**algorithm.arguments, "kernels": report.kernels}
+        config = dataclasses.replace(config, algorithm=dataclasses.replace(algorithm, arguments=arguments))
     if config.chunk_tasks is not None:
         return config
-    size = chunk_tasks(parts, params, config.outer.tasks_per_step, pool.reports[0].device)
+    size = chunk_tasks(parts, params, config.outer.tasks_per_step, report.device)
     pool.settle_chunks(size)
     return dataclasses.replace(config, chunk_tasks=size)
 

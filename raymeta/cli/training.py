@@ -48,7 +48,7 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
                     log.info("no checkpoint to resume from: starting with the first outer step")
                 else:
                     log.info("resuming after outer step %d", trainer.step_number)
-            config = build.with_chunks(config, parts, params, pool)
+            config = build.settled(config, parts, params, pool)
             directory.write_config(config.resolved())
             _say_what_runs(console, config, pool, trainer)
             _say_precision(console, config, parts, trainer)
@@ -94,6 +94,10 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
         before = directory.read_config()
         if config.chunk_tasks is None:  # by rule, and the rule's word is that run's
             config = replace(config, chunk_tasks=before["algorithm"]["chunk_tasks"])
+        if config.algorithm.arguments.get("kernels") == "auto":
+            kernels = before["algorithm"].get("kernels", "auto")
+            algorithm = replace(config.algorithm, arguments={**config.algorithm.arguments, "kernels": kernels})
+            config = replace(config, algorithm=algorithm)
         require_resumable(before, config.resolved(), str(directory))
     return config, directory
 
@@ -113,7 +117,8 @@ def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> No
         f"{config.tasks.name}, {config.model.name} ({trainer.layout.size:,} parameters), {config.algorithm.name}: "
         f"{config.outer.steps:,} steps of {config.outer.tasks_per_step} tasks on {pool.workers} "
         f"{config.workers.backend} worker{'s' if pool.workers > 1 else ''} ({device}, {config.workers.threads} "
-        f"thread{'s' if config.workers.threads > 1 else ''} each, chunks of {config.chunk_tasks} tasks)",
+        f"thread{'s' if config.workers.threads > 1 else ''} each, chunks of {config.chunk_tasks} tasks"
+        f"{', native kernels' if pool.reports[0].kernels == 'native' else ''})",
         highlight=False,
         soft_wrap=True,
     )

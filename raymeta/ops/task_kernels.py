@@ -68,7 +68,7 @@ class _Normalised(NamedTuple):
     """What a batch norm returns, and what from: x, weight, bias, eps."""
 
     y: Tensor
-    of: tuple[Any, ...]
+    of: tuple[Tensor, Tensor | None, Tensor | None, float]
 
 
 def _conv2d(
@@ -134,13 +134,15 @@ def _native_batch_norm(
     refused = input.dim() not in (2, 4) or input.numel() == input.shape[1] or torch.is_autocast_enabled("cpu")
     if not training or running_mean is not None or unlike or refused or not _real(input):
         return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    of = (input, weight, bias, eps)
-    return _Normalised(layers.normalised(*of, rectify=False), of)
+    return _Normalised(layers.normalised(input, weight, bias, eps, False), (input, weight, bias, eps))
 
 
 def _after_batch_norm(before: _Normalised, input: Tensor, inplace: bool = False) -> Tensor:
     # The batch norm alone, which was computed before, is not used: a recording leaves it out.
-    return _relu(input, inplace) if inplace or input is not before.y else layers.normalised(*before.of, rectify=True)
+    if inplace or input is not before.y:
+        return _relu(input, inplace)
+    x, weight, bias, eps = before.of
+    return layers.normalised(x, weight, bias, eps, True)
 
 
 def _native_max_pool2d(

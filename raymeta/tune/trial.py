@@ -104,7 +104,7 @@ def run_trial(
                     "initial_checkpoint": initial,
                 }
             )
-        config = build.with_chunks(config, parts, params, pool)
+        config = build.settled(config, parts, params, pool)
         directory.write_config(config.resolved())
         written = {"trial": trial, "settings": dict(settings), "history": history}
         (folder / RECORD).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

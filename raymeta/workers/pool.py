@@ -120,6 +120,20 @@ class WorkerPool(ABC):
         self.close()
 
 
+def require_like_kernels(first: WorkerReport, report: WorkerReport, worker: str) -> None:
+    """Refuses a worker that would round otherwise than the first one.
+
+    Raises:
+        InputError: by "auto" it has other kernels.
+    """
+    if report.kernels != first.kernels:
+        raise InputError(
+            f"worker 0 on {first.host} computes with algorithm.kernels={first.kernels}, {worker} on {report.host} with "
+            f"{report.kernels}: one of them has no C compiler. Install one there (gcc or clang), or set "
+            "algorithm.kernels=task for all."
+        )
+
+
 def require_alike(reports: Sequence[WorkerReport]) -> None:
     """Refuse workers with different data; say so where they compute differently.
 
@@ -138,6 +152,7 @@ def require_alike(reports: Sequence[WorkerReport]) -> None:
                 f"worker 0 on {first.host} has {first.parameters} parameters on {first.device}, worker {number} on "
                 f"{report.host} has {report.parameters} on {report.device}. Set workers.device, or use like machines."
             )
+        require_like_kernels(first, report, f"worker {number}")
     numerics = sorted({f"torch {report.torch_version} on {report.numerics}" for report in reports})
     if len(numerics) > 1:
         logger.warning(

@@ -89,6 +89,7 @@ class WorkerReport:
             name), results may differ in their last bits.
         compiler: a C++ compiler is there (and Triton, on a GPU), so `torch.compile` can work.
         device: "cpu" or "cuda".
+        kernels: what `algorithm.kernels` comes to here; two workers must agree. Empty: the learner has no such setting.
     """
 
     fingerprints: tuple[str, str]
@@ -99,6 +100,7 @@ class WorkerReport:
     parameters: int
     host: str
     pid: int
+    kernels: str = ""
 
 
 class Chunk(NamedTuple):
@@ -163,6 +165,7 @@ class Worker:
             parameters=self._layout.size,
             host=socket.gethostname(),
             pid=os.getpid(),
+            kernels=getattr(parts.learner, "kernels_for", _no_kernels)(self._parts.model),
         )
 
     def meta_gradient(
@@ -333,6 +336,11 @@ def _numerics_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _no_kernels(model: nn.Module) -> str:
+    """For a learner without such a setting."""
+    return ""
 
 
 def _compiler_present(device: torch.device) -> bool:

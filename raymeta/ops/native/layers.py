@@ -131,7 +131,9 @@ class _Input(torch.autograd.Function):
         gradient, weight = ctx.saved_tensors
         return (
             _Forward.apply(_last(adjoint), weight, None, ctx.places) if ctx.needs_input_grad[0] else None,
-            _Weight.apply(_last(adjoint), _last(gradient), weight.shape[3:], ctx.places) if ctx.needs_input_grad[1] else None,
+            _Weight.apply(_last(adjoint), _last(gradient), weight.shape[3:], ctx.places)
+            if ctx.needs_input_grad[1]
+            else None,
             None,
             None,
         )
@@ -179,9 +181,7 @@ class _ChannelSums(torch.autograd.Function):
         return adjoint.reshape(len(adjoint), 1, -1, *[1] * (len(ctx.shape) - 3)).expand(ctx.shape)
 
 
-def _normalised(
-    tasks: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool
-) -> Tensor:
+def _normalised(tasks: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:
     x = _last(_for_each(x, tasks))
     weight, bias = (None if value is None else _for_each(value, tasks) for value in (weight, bias))
     result: Tensor = _Normalise.apply(x, weight, bias, eps, rectify)
@@ -192,9 +192,7 @@ class _Normalise(torch.autograd.Function):
     """y from x [T, B, C, ...], weight and bias [T, C]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:
         y, mean, scale = _ops.normalise(x, weight, bias, eps, rectify)
         ctx.save_for_backward(x, weight, bias, mean, scale)
         ctx.rectify = rectify

@@ -35,8 +35,8 @@ WITHOUT = "install one (gcc or clang; CC names another), or set algorithm.kernel
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL:
-    """The library, built if need be.
+def kernels(real: str) -> ctypes.CDLL:
+    """The library for numbers of C's type `real`, "float" or "double"; built if need be, in 5 seconds.
 
     Raises:
         InputError: there is no C compiler, or it fails.
@@ -44,16 +44,19 @@ def kernels() -> ctypes.CDLL:
     compiler = _compiler()
     if compiler is None:
         raise InputError(f"algorithm.kernels=native needs a C compiler, and there is none: {WITHOUT}")
-    return ctypes.CDLL(os.fspath(_built(compiler)))
+    try:
+        return ctypes.CDLL(os.fspath(_built(compiler, real)))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InputError(f"algorithm.kernels=native: the kernels cannot be built: {error}; {WITHOUT}") from error
 
 
 @functools.cache
 def can_run() -> bool:
     """Whether the kernels can be had on this machine. What keeps a compiler from building them is logged, once."""
     try:
-        kernels()
-    except (InputError, OSError) as error:
-        logger.info("torch's kernels are used (algorithm.kernels=task): %s", error)
+        kernels("float")
+    except InputError as error:
+        logger.warning("slower kernels are used, torch's own (algorithm.kernels=task): %s", error)
         return False
     return True
 
@@ -67,24 +70,25 @@ def _compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def _built(compiler: list[str]) -> Path:
+def _built(compiler: list[str], real: str) -> Path:
     source = resources.files(__package__).joinpath(SOURCE).read_bytes()
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_SECONDS).stdout
-    parts = [source, version, shlex.join(compiler).encode(), _processor(), sys.platform.encode(), repr(_FLAGS).encode()]
+    flags = repr((real, _COMMON, _FLAGS))
+    parts = [source, version, shlex.join(compiler).encode(), _processor(), sys.platform.encode(), flags.encode()]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-    built = _cache() / f"task_kernels-{name}.so"
+    built = _cache() / f"task_kernels-{real}-{name}.so"
     if not built.exists():
-        _build(compiler, source, built)
+        _build(compiler, source, real, built)
     return built
 
 
-def _build(compiler: list[str], source: bytes, built: Path) -> None:
+def _build(compiler: list[str], source: bytes, real: str, built: Path) -> None:
     # Under a name of its own, and then moved: several workers may build at once, and none may load half a file.
     with tempfile.TemporaryDirectory(dir=built.parent, prefix="building-") as folder:
         path, result = Path(folder, SOURCE), Path(folder, built.name)
         path.write_bytes(source)
         for flags in _FLAGS:
-            command = [*compiler, *_COMMON, *flags, "-o", os.fspath(result), os.fspath(path), "-lm"]
+            command = [*compiler, *_COMMON, *flags, f"-DREAL={real}", "-o", os.fspath(result), os.fspath(path), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
             if done.returncode == 0:
                 result.replace(built)

@@ -1,9 +1,9 @@
 """The kernels of `task_kernels.c` as operations of torch: `torch.ops.raymeta.*`, so that a recording, and
 `torch.compile`, see one operation each.
 
-Activations are [T, B, C, H, W], or [T, B, C] for `normalise` and what belongs to it, dense with the channels last in
-memory in each task ("lies densely" below); weights [T, K, C, h, w] in any layout. What an operation returns lies so, too;
-a weight's gradient lies as [T, h, w, C, K], in which it is written and a convolution reads a weight fastest.
+Activations are [T, B, C, H, W], or [T, B, C] for `normalise` and what belongs to it, with the channels last in memory
+(what lies otherwise is copied); weights [T, K, C, h, w] in any layout. What an operation returns lies so, too; a weight's
+gradient lies as [T, h, w, C, K], in which it is written and a convolution reads a weight fastest.
 
 Legend: T tasks, B rows, C and K channels of the input and the output, n values a channel.
 """
@@ -21,12 +21,13 @@ from torch import Tensor
 from raymeta.errors import InputError
 from raymeta.ops.native.library import kernels
 
-_SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+# C's names for what the kernels know.
+_REAL = {torch.float32: "float", torch.float64: "double"}
 _Pair = Sequence[int]
 
 
 class _Geometry(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012 (the way of ctypes)
+    _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             "rows", "in_height", "in_width", "in_channels", "out_height", "out_width", "out_channels", "height",
@@ -92,7 +93,7 @@ def convolution_shape(
 def convolution_input(
     gradient: Tensor, weight: Tensor, size: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
 ) -> Tensor:
-    """[T, B, C, H, W], what the gradient [T, B, K, P, Q] of a convolution sends to its input, whose `size` is [H, W]."""
+    """[T, B, C, H, W], what the gradient [T, B, K, P, Q] of a convolution sends to its input of `size` [H, W]."""
     gradient = channels_last(gradient)
     x = convolution_input_shape(gradient, weight, size, stride, padding, dilation)
     geometry = _geometry(x, gradient, weight.shape, weight.stride(), stride, padding, dilation)
@@ -110,7 +111,7 @@ def convolution_input_shape(
 def convolution_weight(
     x: Tensor, gradient: Tensor, size: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
 ) -> Tensor:
-    """[T, K, C, h, w], what the gradient [T, B, K, P, Q] of a convolution sends to its weight, whose `size` is [h, w]."""
+    """[T, K, C, h, w], what the gradient [T, B, K, P, Q] of a convolution sends to its weight of `size` [h, w]."""
     x, gradient = channels_last(x), channels_last(gradient)
     weight = convolution_weight_shape(x, gradient, size, stride, padding, dilation)
     geometry = _geometry(x, gradient, weight.shape, weight.stride(), stride, padding, dilation)
@@ -183,9 +184,8 @@ def normalise_second_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the adjoints of `normalise_backward`'s three results (None: zero) send to the gradient, x and weight;
     `products` and `totals` are the second and third of those results."""
-    given = (adjoint, gradient, x)
-    adjoint, gradient, x = (None if value is None else channels_last(value) for value in given)
-    assert gradient is not None and x is not None
+    adjoint = None if adjoint is None else channels_last(adjoint)
+    gradient, x = channels_last(gradient), channels_last(x)
     to_products, to_totals, weight, bias = map(_dense, (to_products, to_totals, weight, bias))
     found = _like(x), _like(x), _by_channel(x)
     n, channels = _sizes(x)
@@ -272,16 +272,21 @@ _POINTERS = {
 def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     found = _functions.get((name, dtype))
     if found is None:
-        found = getattr(kernels(), f"{name}_{_SUFFIX[dtype]}")
-        whole = ctypes.c_int64
-        between: list[Any] = {"normalise": [whole, whole, ctypes.c_double, ctypes.c_int], "channel_sums": [whole, whole]}.get(
-            name, [] if name.startswith("convolution") else [whole, whole, ctypes.c_int]
-        )
-        found.argtypes = [ctypes.c_void_p] * _POINTERS[name] + between + [whole, whole]
+        found = getattr(kernels(_REAL[dtype]), name)
+        found.argtypes = [ctypes.c_void_p] * _POINTERS[name] + _BETWEEN.get(name, []) + _SIZES
         found.restype = ctypes.c_int if name.startswith("convolution") else None
         _functions[name, dtype] = found
     return found
 
+
+_SIZES = [ctypes.c_int64, ctypes.c_int64]
+# What comes between the pointers and the two numbers of tasks.
+_BETWEEN: dict[str, list[Any]] = {
+    "normalise": [*_SIZES, ctypes.c_double, ctypes.c_int],
+    "normalise_backward": [*_SIZES, ctypes.c_int],
+    "normalise_second_backward": [*_SIZES, ctypes.c_int],
+    "channel_sums": _SIZES,
+}
 
 _PLACES = "int[] stride, int[] padding, int[] dilation"
 _CHANNELS = "Tensor? weight, Tensor? bias"

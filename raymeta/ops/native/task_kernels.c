@@ -4,10 +4,8 @@
  * Activations lie densely as [T, B, H, W, C] and [T, B, P, Q, K], weights in any layout. `first` to `last` are the tasks
  * that a call is for. A sum has one fixed order, whatever `first` and `last` are.
  *
- * The file includes itself once for each type. Vectors are those of GCC and Clang, as wide as the processor's.
+ * Built once for each type, REAL. Vectors are those of GCC and Clang, as wide as the processor's.
  */
-#ifndef REAL
-
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -48,39 +46,21 @@ static inline whole least(whole a, whole b) { return a < b ? a : b; }
 static inline whole most(whole a, whole b) { return a > b ? a : b; }
 static inline whole over(whole a, whole b) { return (a + b - 1) / b; }
 
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
 #define INLINE static inline __attribute__((always_inline))
 
-#define REAL float
-#define NAME(name) JOIN(name, _float32)
-#include "task_kernels.c"
-#undef REAL
-#undef NAME
-
-#define REAL double
-#define NAME(name) JOIN(name, _float64)
-#include "task_kernels.c"
-#undef REAL
-#undef NAME
-
-#else
-
 #define LANES ((whole)(VECTOR_BYTES / sizeof(REAL)))
-#define Vector NAME(Vector)
-#define Taps NAME(Taps)
 
 typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL))));
 
 /* The first `count` lanes, zeros beyond. */
-INLINE Vector NAME(read)(const REAL *from, whole count) {
+INLINE Vector load(const REAL *from, whole count) {
     if (count >= LANES) return *(const Vector *)from;
     Vector value = {0};
     memcpy(&value, from, (size_t)count * sizeof(REAL));
     return value;
 }
 
-INLINE void NAME(write)(REAL *to, Vector value, whole count) {
+INLINE void store(REAL *to, Vector value, whole count) {
     if (count >= LANES) *(Vector *)to = value;
     else memcpy(to, &value, (size_t)count * sizeof(REAL));
 }
@@ -95,7 +75,7 @@ typedef struct {
 } Taps;
 
 /* TALL rows or less of WIDE vectors or less: y[r] = bias + sum over taps and depth of x[r, tap, depth] weight[tap, depth]. */
-INLINE void NAME(gather_tile)(
+INLINE void gather_tile(
     int tall, int wide, const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, whole column,
     const REAL *bias, REAL *y, whole y_step, whole width
 ) {
@@ -103,7 +83,7 @@ INLINE void NAME(gather_tile)(
 #pragma GCC unroll 8
     for (int w = 0; w < wide; w++) {
         Vector start = {0};
-        if (bias) start = NAME(read)(bias + w * LANES, width - w * LANES);
+        if (bias) start = load(bias + w * LANES, width - w * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < tall; r++) sum[r][w] = start;
     }
@@ -124,7 +104,7 @@ INLINE void NAME(gather_tile)(
 #pragma GCC unroll 8
     for (int r = 0; r < tall; r++)
 #pragma GCC unroll 8
-        for (int w = 0; w < wide; w++) NAME(write)(y + r * y_step + w * LANES, sum[r][w], width - w * LANES);
+        for (int w = 0; w < wide; w++) store(y + r * y_step + w * LANES, sum[r][w], width - w * LANES);
 }
 
 /* A tile whose size is known when the program runs, by tiles whose size is known when it is compiled. */
@@ -154,7 +134,7 @@ INLINE void NAME(gather_tile)(
 #endif
 
 /* One position of the result in all rows. */
-static void NAME(gather)(
+static void gather(
     const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, const REAL *bias, REAL *y,
     whole y_step, whole rows, whole channels
 ) {
@@ -169,33 +149,33 @@ static void NAME(gather)(
             const REAL *from = x + row * x_step;
             REAL *to = y + row * y_step + column;
 #define CALL(tall, wide) \
-    NAME(gather_tile)(tall, wide, from, x_step, taps, depth, weight_step, column, start, to, y_step, width)
+    gather_tile(tall, wide, from, x_step, taps, depth, weight_step, column, start, to, y_step, width)
             TILES(CALL)
 #undef CALL
         }
     }
 }
 
-static int NAME(taps_for)(Taps *taps, const Geometry *g) {
+static int taps_for(Taps *taps, const Geometry *g) {
     taps->place = malloc((size_t)(g->height * g->width) * sizeof(whole));
     taps->weight = malloc((size_t)(g->height * g->width) * sizeof(REAL *));
     return taps->place && taps->weight;
 }
 
-static void NAME(taps_done)(Taps *taps) {
+static void taps_done(Taps *taps) {
     free(taps->place);
     free(taps->weight);
 }
 
 /* F(x, w) + bias. Returns 0, or 1 where there is no memory. */
-int NAME(convolution)(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last) {
+int convolution(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last) {
     whole C = g->in_channels, K = g->out_channels, padded = over(K, LANES) * LANES, taps_all = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
     int lies = g->out_step == 1 && g->in_step == K && g->width_step == C * K && g->height_step == g->width * C * K && K == padded;
     Taps taps = {0};
     REAL *packed = lies ? 0 : calloc((size_t)(taps_all * C * padded), sizeof(REAL));
-    if (!NAME(taps_for)(&taps, g) || (!lies && !packed)) {
-        NAME(taps_done)(&taps);
+    if (!taps_for(&taps, g) || (!lies && !packed)) {
+        taps_done(&taps);
         free(packed);
         return 1;
     }
@@ -224,25 +204,25 @@ int NAME(convolution)(const REAL *x, const REAL *weight, const REAL *bias, REAL 
                         taps.weight[taps.count++] = w + (i * g->width + j) * C * padded;
                     }
                 }
-                NAME(gather)(
+                gather(
                     x + t * g->rows * x_step, x_step, &taps, C, padded, bias ? bias + t * K : 0,
                     y + t * g->rows * y_step + (p * g->out_width + q) * K, y_step, g->rows, K
                 );
             }
     }
-    NAME(taps_done)(&taps);
+    taps_done(&taps);
     free(packed);
     return 0;
 }
 
 /* I(gradient, w): what the gradient of the output sends to the input. */
-int NAME(convolution_input)(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last) {
+int convolution_input(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last) {
     whole C = g->in_channels, K = g->out_channels, padded = over(C, LANES) * LANES, taps_all = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
     Taps taps = {0};
     REAL *packed = calloc((size_t)(taps_all * K * padded), sizeof(REAL));
-    if (!NAME(taps_for)(&taps, g) || !packed) {
-        NAME(taps_done)(&taps);
+    if (!taps_for(&taps, g) || !packed) {
+        taps_done(&taps);
         free(packed);
         return 1;
     }
@@ -268,13 +248,13 @@ int NAME(convolution_input)(const REAL *gradient, const REAL *weight, REAL *x, c
                         taps.weight[taps.count++] = packed + (i * g->width + j) * K * padded;
                     }
                 }
-                NAME(gather)(
+                gather(
                     gradient + t * g->rows * y_step, y_step, &taps, K, padded, 0,
                     x + t * g->rows * x_step + (h * g->in_width + l) * C, x_step, g->rows, C
                 );
             }
     }
-    NAME(taps_done)(&taps);
+    taps_done(&taps);
     free(packed);
     return 0;
 }
@@ -283,10 +263,10 @@ int NAME(convolution_input)(const REAL *gradient, const REAL *weight, REAL *x, c
 typedef struct {
     whole row, last_row, p, last_p, q, last_q;
     whole x_row, x_height, x_width, y_row, y_height, y_width; /* steps in elements, of one step of row, p, q */
-} NAME(Seen);
+} Seen;
 
 /* to[r, w] += sum over what is seen of x[r] gradient[w]. */
-INLINE void NAME(outer_tile)(int tall, int wide, const REAL *x, const REAL *gradient, const NAME(Seen) *s, REAL *to, whole to_step) {
+INLINE void outer_tile(int tall, int wide, const REAL *x, const REAL *gradient, const Seen *s, REAL *to, whole to_step) {
     Vector sum[TALL][WIDE];
 #pragma GCC unroll 8
     for (int r = 0; r < tall; r++)
@@ -315,8 +295,8 @@ INLINE void NAME(outer_tile)(int tall, int wide, const REAL *x, const REAL *grad
 }
 
 /* to[depth, columns] += sum over what is seen of x[depth] gradient[columns]; columns in whole vectors. */
-static void NAME(outer)(
-    const REAL *x, const REAL *gradient, const NAME(Seen) *seen, REAL *to, whole depth, whole columns
+static void outer(
+    const REAL *x, const REAL *gradient, const Seen *seen, REAL *to, whole depth, whole columns
 ) {
     whole tiles = over(depth, TALL);
     for (whole column = 0; column < columns; column += WIDE * LANES) {
@@ -324,7 +304,7 @@ static void NAME(outer)(
         for (whole tile = 0; tile < tiles; tile++) {
             whole d = depth * tile / tiles;
             int tall = (int)(depth * (tile + 1) / tiles - d);
-#define CALL(tall, wide) NAME(outer_tile)(tall, wide, x + d, gradient + column, seen, to + d * columns + column, columns)
+#define CALL(tall, wide) outer_tile(tall, wide, x + d, gradient + column, seen, to + d * columns + column, columns)
             TILES(CALL)
 #undef CALL
         }
@@ -332,7 +312,7 @@ static void NAME(outer)(
 }
 
 /* W(x, gradient): [T, height, width, C, K] densely, what the gradient of the output sends to the weight. */
-int NAME(convolution_weight)(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last) {
+int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last) {
     whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
     whole columns = over(K, LANES) * LANES, taps = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = P * Q * K;
@@ -374,7 +354,7 @@ int NAME(convolution_weight)(const REAL *x, const REAL *gradient, REAL *weight, 
             source = frame;
         }
         whole height = framed ? frame_height : g->in_height, width = framed ? frame_width : g->in_width;
-        NAME(Seen) seen = {
+        Seen seen = {
             .x_row = height * width * C, .x_height = g->stride_height * width * C, .x_width = g->stride_width * C,
             .y_row = P * Q * columns, .y_height = Q * columns, .y_width = columns,
         };
@@ -391,7 +371,7 @@ int NAME(convolution_weight)(const REAL *x, const REAL *gradient, REAL *weight, 
                         seen.q = along < 0 ? over(-along, g->stride_width) : 0;
                         seen.last_q = least(Q, along >= width ? 0 : (width - 1 - along) / g->stride_width + 1);
                         if (seen.p >= seen.last_p || seen.q >= seen.last_q) continue;
-                        NAME(outer)(
+                        outer(
                             source + (up * width + along) * C, other, &seen, to + (i * g->width + j) * C * columns,
                             framed ? g->width * C : C, columns
                         );
@@ -409,10 +389,10 @@ int NAME(convolution_weight)(const REAL *x, const REAL *gradient, REAL *weight, 
 /* Batch normalisation ------------------------------------------------------------------------------------------ */
 
 /* y = w s (x - mean) + b. Written once, so that every pass finds the same bits. */
-INLINE Vector NAME(normal)(Vector x, Vector mean, Vector factor, Vector bias) { return (x - mean) * factor + bias; }
+INLINE Vector normal(Vector x, Vector mean, Vector factor, Vector bias) { return (x - mean) * factor + bias; }
 
 /* value where y > 0, else 0; what is not a number lets pass, so that it is seen. */
-INLINE Vector NAME(gated)(Vector value, Vector y) {
+INLINE Vector gated(Vector value, Vector y) {
     /* A comparison gives -1, all bits set, where it holds. */
     return (Vector)((__typeof__(y <= y))value & ~(y <= (Vector){0}));
 }
@@ -430,22 +410,22 @@ INLINE Vector NAME(gated)(Vector value, Vector y) {
 /* The values of some channels that a batch norm is made of. */
 typedef struct {
     Vector mean[WIDE], scale[WIDE], factor[WIDE], bias[WIDE];
-} NAME(Norm);
+} Norm;
 
-INLINE void NAME(set_norm)(
-    NAME(Norm) *norm, int wide, whole count, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale
+INLINE void set_norm(
+    Norm *norm, int wide, whole count, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale
 ) {
     UNROLL for (int w = 0; w < wide; w++) {
-        norm->mean[w] = NAME(read)(mean + w * LANES, count);
-        norm->scale[w] = NAME(read)(scale + w * LANES, count);
-        norm->factor[w] = weight ? norm->scale[w] * NAME(read)(weight + w * LANES, count) : norm->scale[w];
-        norm->bias[w] = bias ? NAME(read)(bias + w * LANES, count) : (Vector){0};
+        norm->mean[w] = load(mean + w * LANES, count);
+        norm->scale[w] = load(scale + w * LANES, count);
+        norm->factor[w] = weight ? norm->scale[w] * load(weight + w * LANES, count) : norm->scale[w];
+        norm->bias[w] = bias ? load(bias + w * LANES, count) : (Vector){0};
     }
 }
 
 /* mean and scale = 1 / sqrt(variance + eps) of n values a channel. The variance is that of runs of RUN values around
  * the run's own mean, joined one after the other (Chan, Golub and LeVeque). */
-INLINE void NAME(statistics)(
+INLINE void statistics(
     int wide, whole count, const REAL *x, whole n, whole channels, double eps, REAL *mean, REAL *scale
 ) {
     double centre[WIDE][LANES], squares[WIDE][LANES];
@@ -456,11 +436,11 @@ INLINE void NAME(statistics)(
         Vector middle[WIDE], square[WIDE];
         UNROLL for (int w = 0; w < wide; w++) middle[w] = square[w] = (Vector){0};
         for (whole r = row; r < end; r++)
-            UNROLL for (int w = 0; w < wide; w++) middle[w] += NAME(read)(x + r * channels + w * LANES, count);
+            UNROLL for (int w = 0; w < wide; w++) middle[w] += load(x + r * channels + w * LANES, count);
         UNROLL for (int w = 0; w < wide; w++) middle[w] /= (REAL)(end - row);
         for (whole r = row; r < end; r++)
             UNROLL for (int w = 0; w < wide; w++) {
-                Vector d = NAME(read)(x + r * channels + w * LANES, count) - middle[w];
+                Vector d = load(x + r * channels + w * LANES, count) - middle[w];
                 square[w] += d * d;
             }
         double part = (double)(end - row) / (double)end, joined = (double)row * part;
@@ -477,35 +457,35 @@ INLINE void NAME(statistics)(
             middle[lane] = (REAL)centre[w][lane];
             spread[lane] = (REAL)(1 / sqrt(squares[w][lane] / (double)n + eps));
         }
-        NAME(write)(mean + w * LANES, middle, count);
-        NAME(write)(scale + w * LANES, spread, count);
+        store(mean + w * LANES, middle, count);
+        store(scale + w * LANES, spread, count);
     }
 }
 
-INLINE void NAME(normalise_some)(
+INLINE void normalise_some(
     int wide, whole count, const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale,
     whole n, whole channels, double eps, int rectify
 ) {
-    NAME(Norm) norm;
-    NAME(statistics)(wide, count, x, n, channels, eps, mean, scale);
-    NAME(set_norm)(&norm, wide, count, weight, bias, mean, scale);
+    Norm norm;
+    statistics(wide, count, x, n, channels, eps, mean, scale);
+    set_norm(&norm, wide, count, weight, bias, mean, scale);
     for (whole r = 0; r < n; r++)
         UNROLL for (int w = 0; w < wide; w++) {
-            Vector value = NAME(read)(x + r * channels + w * LANES, count);
-            value = NAME(normal)(value, norm.mean[w], norm.factor[w], norm.bias[w]);
-            NAME(write)(y + r * channels + w * LANES, rectify ? NAME(gated)(value, value) : value, count);
+            Vector value = load(x + r * channels + w * LANES, count);
+            value = normal(value, norm.mean[w], norm.factor[w], norm.bias[w]);
+            store(y + r * channels + w * LANES, rectify ? gated(value, value) : value, count);
         }
 }
 
 /* y = w s (x - mean) + b of n values a channel each, or max(y, 0) with `rectify`; mean; and scale, which is s. */
-void NAME(normalise)(
+void normalise(
     const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale, whole n, whole channels,
     double eps, int rectify, whole first, whole last
 ) {
     for (whole t = first; t < last; t++) {
         whole all = t * n * channels;
 #define CALL(wide, column, count) \
-    NAME(normalise_some)( \
+    normalise_some( \
         wide, count, x + all + column, weight ? weight + t * channels + column : 0, \
         bias ? bias + t * channels + column : 0, y + all + column, mean + t * channels + column, \
         scale + t * channels + column, n, channels, eps, rectify \
@@ -516,18 +496,18 @@ void NAME(normalise)(
 }
 
 /* The gradient of y behind the gate of the ReLU. */
-INLINE Vector NAME(slope)(const REAL *gradient, whole count, Vector x, const NAME(Norm) *norm, int w, int rectify) {
-    Vector slope = NAME(read)(gradient, count);
-    return rectify ? NAME(gated)(slope, NAME(normal)(x, norm->mean[w], norm->factor[w], norm->bias[w])) : slope;
+INLINE Vector slope_at(const REAL *gradient, whole count, Vector x, const Norm *norm, int w, int rectify) {
+    Vector slope = load(gradient, count);
+    return rectify ? gated(slope, normal(x, norm->mean[w], norm->factor[w], norm->bias[w])) : slope;
 }
 
-INLINE void NAME(normalise_backward_some)(
+INLINE void normalise_backward_some(
     int wide, whole count, const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean,
     const REAL *scale, REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify
 ) {
-    NAME(Norm) norm;
+    Norm norm;
     double total[WIDE][LANES], product[WIDE][LANES];
-    NAME(set_norm)(&norm, wide, count, weight, bias, mean, scale);
+    set_norm(&norm, wide, count, weight, bias, mean, scale);
     for (int w = 0; w < wide; w++)
         for (int lane = 0; lane < LANES; lane++) total[w][lane] = product[w][lane] = 0;
     for (whole row = 0; row < n; row += RUN) {
@@ -537,8 +517,8 @@ INLINE void NAME(normalise_backward_some)(
         for (whole r = row; r < end; r++)
             UNROLL for (int w = 0; w < wide; w++) {
                 whole at = r * channels + w * LANES;
-                Vector value = NAME(read)(x + at, count);
-                Vector slope = NAME(slope)(gradient + at, count, value, &norm, w, rectify);
+                Vector value = load(x + at, count);
+                Vector slope = slope_at(gradient + at, count, value, &norm, w, rectify);
                 sum[w] += slope;
                 along[w] += slope * (value - norm.mean[w]);
             }
@@ -558,28 +538,28 @@ INLINE void NAME(normalise_backward_some)(
             all[lane] = (REAL)total[w][lane];
             weighted[lane] = (REAL)(s * product[w][lane]);
         }
-        NAME(write)(products + w * LANES, weighted, count);
-        NAME(write)(totals + w * LANES, all, count);
+        store(products + w * LANES, weighted, count);
+        store(totals + w * LANES, all, count);
     }
     for (whole r = 0; r < n; r++)
         UNROLL for (int w = 0; w < wide; w++) {
             whole at = r * channels + w * LANES;
-            Vector value = NAME(read)(x + at, count);
-            Vector slope = NAME(slope)(gradient + at, count, value, &norm, w, rectify);
+            Vector value = load(x + at, count);
+            Vector slope = slope_at(gradient + at, count, value, &norm, w, rectify);
             Vector result = alone[w] + norm.factor[w] * slope + by_distance[w] * (value - norm.mean[w]);
-            NAME(write)(to_x + at, result, count);
+            store(to_x + at, result, count);
         }
 }
 
 /* What the gradient of y sends to x, and by channel to the weight (products) and the bias (totals). */
-void NAME(normalise_backward)(
+void normalise_backward(
     const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale,
     REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify, whole first, whole last
 ) {
     for (whole t = first; t < last; t++) {
         whole all = t * n * channels;
 #define CALL(wide, column, count) \
-    NAME(normalise_backward_some)( \
+    normalise_backward_some( \
         wide, count, gradient + all + column, x + all + column, weight ? weight + t * channels + column : 0, \
         bias ? bias + t * channels + column : 0, mean + t * channels + column, scale + t * channels + column, \
         to_x + all + column, products + t * channels + column, totals + t * channels + column, n, channels, rectify \
@@ -589,14 +569,14 @@ void NAME(normalise_backward)(
     }
 }
 
-INLINE void NAME(normalise_second_backward_some)(
+INLINE void normalise_second_backward_some(
     int wide, whole count, const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient,
     const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products,
     const REAL *totals, REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify
 ) {
-    NAME(Norm) norm;
+    Norm norm;
     double total[WIDE][LANES], product[WIDE][LANES], shared[WIDE][LANES];
-    NAME(set_norm)(&norm, wide, count, weight, bias, mean, scale);
+    set_norm(&norm, wide, count, weight, bias, mean, scale);
     for (int w = 0; w < wide; w++)
         for (int lane = 0; lane < LANES; lane++) total[w][lane] = product[w][lane] = shared[w][lane] = 0;
     for (whole row = 0; adjoint && row < n; row += RUN) {
@@ -606,8 +586,8 @@ INLINE void NAME(normalise_second_backward_some)(
         for (whole r = row; r < end; r++)
             UNROLL for (int w = 0; w < wide; w++) {
                 whole at = r * channels + w * LANES;
-                Vector value = NAME(read)(x + at, count), wish = NAME(read)(adjoint + at, count);
-                Vector slope = NAME(slope)(gradient + at, count, value, &norm, w, rectify);
+                Vector value = load(x + at, count), wish = load(adjoint + at, count);
+                Vector slope = slope_at(gradient + at, count, value, &norm, w, rectify);
                 sum[w] += wish;
                 along[w] += wish * (value - norm.mean[w]);
                 common[w] += wish * slope;
@@ -623,9 +603,9 @@ INLINE void NAME(normalise_second_backward_some)(
     Vector back_distance[WIDE] = {{0}}, back_alone[WIDE] = {{0}}, by_slope[WIDE] = {{0}}, by_wish[WIDE] = {{0}};
     Vector by_distance[WIDE] = {{0}}, alone[WIDE] = {{0}};
     for (int w = 0; w < wide; w++) {
-        Vector a = to_products ? NAME(read)(to_products + w * LANES, count) : (Vector){0};
-        Vector c = to_totals ? NAME(read)(to_totals + w * LANES, count) : (Vector){0};
-        Vector gw = NAME(read)(products + w * LANES, count), gb = NAME(read)(totals + w * LANES, count);
+        Vector a = to_products ? load(to_products + w * LANES, count) : (Vector){0};
+        Vector c = to_totals ? load(to_totals + w * LANES, count) : (Vector){0};
+        Vector gw = load(products + w * LANES, count), gb = load(totals + w * LANES, count);
         Vector own = {0};
         for (int lane = 0; lane < LANES; lane++) {
             double s = norm.scale[w][lane], f = norm.factor[w][lane], size = (double)n, p = s * product[w][lane];
@@ -639,27 +619,27 @@ INLINE void NAME(normalise_second_backward_some)(
             alone[w][lane] = (REAL)(-s * (of_slope * gb[lane] + of_wish * total[w][lane]) / size);
             own[lane] = (REAL)(s * difference);
         }
-        NAME(write)(to_weight + w * LANES, own, count);
+        store(to_weight + w * LANES, own, count);
     }
     for (whole r = 0; r < n; r++)
         UNROLL for (int w = 0; w < wide; w++) {
             whole at = r * channels + w * LANES;
-            Vector value = NAME(read)(x + at, count), d = value - norm.mean[w];
-            Vector slope = NAME(read)(gradient + at, count), wish = adjoint ? NAME(read)(adjoint + at, count) : (Vector){0};
+            Vector value = load(x + at, count), d = value - norm.mean[w];
+            Vector slope = load(gradient + at, count), wish = adjoint ? load(adjoint + at, count) : (Vector){0};
             Vector back = back_alone[w] + norm.factor[w] * wish + back_distance[w] * d;
             if (rectify) {
-                Vector y = NAME(normal)(value, norm.mean[w], norm.factor[w], norm.bias[w]);
-                slope = NAME(gated)(slope, y);
-                back = NAME(gated)(back, y);
+                Vector y = normal(value, norm.mean[w], norm.factor[w], norm.bias[w]);
+                slope = gated(slope, y);
+                back = gated(back, y);
             }
-            NAME(write)(to_gradient + at, back, count);
-            NAME(write)(to_x + at, alone[w] + by_slope[w] * slope + by_wish[w] * wish + by_distance[w] * d, count);
+            store(to_gradient + at, back, count);
+            store(to_x + at, alone[w] + by_slope[w] * slope + by_wish[w] * wish + by_distance[w] * d, count);
         }
 }
 
 /* What the adjoints of `normalise_backward`'s results send to the gradient, to x and to the weight. Adjoints that are
  * not there (null) are zero. */
-void NAME(normalise_second_backward)(
+void normalise_second_backward(
     const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient, const REAL *x,
     const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products, const REAL *totals,
     REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify, whole first, whole last
@@ -668,7 +648,7 @@ void NAME(normalise_second_backward)(
         whole all = t * n * channels;
 #define AT(values) ((values) ? (values) + t * channels + column : 0)
 #define CALL(wide, column, count) \
-    NAME(normalise_second_backward_some)( \
+    normalise_second_backward_some( \
         wide, count, adjoint ? adjoint + all + column : 0, AT(to_products), AT(to_totals), gradient + all + column, \
         x + all + column, AT(weight), AT(bias), AT(mean), AT(scale), AT(products), AT(totals), \
         to_gradient + all + column, to_x + all + column, AT(to_weight), n, channels, rectify \
@@ -679,7 +659,7 @@ void NAME(normalise_second_backward)(
     }
 }
 
-INLINE void NAME(channel_sums_some)(int wide, whole count, const REAL *x, REAL *sums, whole n, whole channels) {
+INLINE void channel_sums_some(int wide, whole count, const REAL *x, REAL *sums, whole n, whole channels) {
     double total[WIDE][LANES];
     for (int w = 0; w < wide; w++)
         for (int lane = 0; lane < LANES; lane++) total[w][lane] = 0;
@@ -688,33 +668,23 @@ INLINE void NAME(channel_sums_some)(int wide, whole count, const REAL *x, REAL *
         Vector sum[WIDE];
         UNROLL for (int w = 0; w < wide; w++) sum[w] = (Vector){0};
         for (whole r = row; r < end; r++)
-            UNROLL for (int w = 0; w < wide; w++) sum[w] += NAME(read)(x + r * channels + w * LANES, count);
+            UNROLL for (int w = 0; w < wide; w++) sum[w] += load(x + r * channels + w * LANES, count);
         for (int w = 0; w < wide; w++)
             for (int lane = 0; lane < LANES; lane++) total[w][lane] += (double)sum[w][lane];
     }
     for (int w = 0; w < wide; w++) {
         Vector found = {0};
         for (int lane = 0; lane < LANES; lane++) found[lane] = (REAL)total[w][lane];
-        NAME(write)(sums + w * LANES, found, count);
+        store(sums + w * LANES, found, count);
     }
 }
 
 /* The sums of n values a channel each. */
-void NAME(channel_sums)(const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last) {
+void channel_sums(const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last) {
     for (whole t = first; t < last; t++) {
 #define CALL(wide, column, count) \
-    NAME(channel_sums_some)(wide, count, x + t * n * channels + column, sums + t * channels + column, n, channels)
+    channel_sums_some(wide, count, x + t * n * channels + column, sums + t * channels + column, n, channels)
         OVER_CHANNELS(channels, CALL);
 #undef CALL
     }
 }
-
-#undef LANES
-#undef Vector
-#undef Taps
-#undef TILES
-#undef TILES_OF
-#undef UNROLL
-#undef OVER_CHANNELS
-
-#endif
