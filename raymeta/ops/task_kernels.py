@@ -118,21 +118,22 @@ def _native_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    around = _around(padding, weight, _pair(dilation))
-    alike = all(value.dtype == input.dtype for value in (weight, bias) if value is not None)
-    cast = torch.is_autocast_enabled("cpu")
-    if groups != 1 or around is None or input.dim() != 4 or weight.dim() != 4 or cast or not (alike and _real(input)):
+    around = _around(padding, weight, _pair(dilation)) if weight.dim() == 4 else None
+    if groups != 1 or around is None or torch.is_autocast_enabled("cpu") or not _real(input, weight, bias):
         return _conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return layers.convolution(input, weight, bias, layers.Places(_pair(stride), around, _pair(dilation)))
+    places = layers.Places(_pair(stride), around, _pair(dilation))
+    if not layers.fits(input, weight, bias, places):  # torch says what is wrong
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return layers.convolution(input, weight, bias, places)
 
 
 def _native_batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | _Normalised:  # fmt: skip
-    unlike = any(value is not None and value.dtype != input.dtype for value in (weight, bias))
-    refused = input.dim() not in (2, 4) or input.numel() == input.shape[1] or torch.is_autocast_enabled("cpu")
-    if not training or running_mean is not None or unlike or refused or not _real(input):
+    refused = input.dim() not in (2, 4) or input.numel() <= input.shape[1] or torch.is_autocast_enabled("cpu")
+    unlike = any(value is not None and value.shape != input.shape[1:2] for value in (weight, bias))
+    if not training or running_mean is not None or unlike or refused or not _real(input, weight, bias):
         return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _Normalised(layers.normalised(input, weight, bias, eps, False), (input, weight, bias, eps))
 
@@ -191,9 +192,10 @@ def _known(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.is_floating_point()
 
 
-def _real(x: Tensor) -> bool:
-    """Whether the kernels of our own know it."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+def _real(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels of our own know it, and the others are of the same type."""
+    alike = all(other is None or (other.device, other.dtype) == (x.device, x.dtype) for other in others)
+    return alike and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def _pair(value: int | tuple[int, ...]) -> Pair:

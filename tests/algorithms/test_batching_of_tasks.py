@@ -108,8 +108,8 @@ def test_loop_equals_vmap(small: Any, learners: Any, name: str, masks: bool) -> 
     learner = learners[name]
     model, params, batch = small.problem(learner, "conv4", masks=masks)
     found = small.gradient(replace(learner, batching="loop"), model, params, batch)
-    # Adam divides the rounding of a gradient that is 0 (a bias before a batch norm) by epsilon. Where Newton's steps end
-    # at the logistic head's minimum, rounding decides; so do the kernels of either sort among themselves.
+    # Adam divides the rounding of a gradient that is 0 (a bias before a batch norm) by epsilon. Rounding decides where
+    # Newton's steps end at the logistic head's minimum: so far apart are torch's own ways among themselves, too.
     tolerance = {"reptile": 1e-7, "maml_adam": 1e-7, "metaoptnet_logistic": 1e-8}.get(name, 1e-10)
     assert small.relative_error(found, small.gradient(learner, model, params, batch)) < tolerance
 

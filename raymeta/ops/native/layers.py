@@ -42,6 +42,15 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) 
     return _over_tasks(_convolution, x, weight, bias, places)
 
 
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> bool:
+    """Whether the tensors of a task, as `convolution` takes them, go together."""
+    if x.dim() != 4 or weight.dim() != 4 or not x.numel() or not weight.numel() or x.shape[1] != weight.shape[1]:
+        return False
+    if (bias is not None and bias.shape != weight.shape[:1]) or min(*places.stride, *places.dilation) < 1:
+        return False
+    return min(places.padding) >= 0 and min(operators.out_sizes(x.shape[2:], weight.shape[2:], *places)) >= 1
+
+
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:
     """Under vmap, the batch norm of x [B, C, ...] by the statistics of its own rows, and max(., 0) with `rectify`."""
     return _over_tasks(_normalised, x, weight, bias, eps, rectify)

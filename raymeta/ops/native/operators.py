@@ -2,8 +2,8 @@
 `torch.compile`, see one operation each.
 
 Activations are [T, B, C, H, W], or [T, B, C] for `normalise` and what belongs to it, with the channels last in memory
-(what lies otherwise is copied); weights [T, K, C, h, w] in any layout. What an operation returns lies so, too; a weight's
-gradient lies as [T, h, w, C, K], in which it is written and a convolution reads a weight fastest.
+(what lies otherwise is copied); weights [T, K, C, h, w] in any layout. What an operation returns lies so, too; a
+weight's gradient lies as [T, h, w, C, K], in which it is written and a convolution reads a weight fastest.
 
 Legend: T tasks, B rows, C and K channels of the input and the output, n values a channel.
 """
@@ -11,6 +11,7 @@ Legend: T tasks, B rows, C and K channels of the input and the output, n values 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -64,8 +65,12 @@ def _activation_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return rows * image, image, 1, width * channels, channels
 
 
-def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def out_sizes(size: _Pair, kernel: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair) -> list[int]:
+    """[P, Q] of an input [H, W]."""
+    return [
+        (each + 2 * around - step * (across - 1) - 1) // stride_ + 1
+        for each, across, stride_, around, step in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
 
 
 def convolution(
@@ -86,7 +91,7 @@ def convolution_shape(
 ) -> Tensor:
     """An empty tensor for what `convolution` returns."""
     _, rows, _, *size = x.shape
-    height, width = map(_out_size, size, weight.shape[3:], stride, padding, dilation)
+    height, width = out_sizes(size, weight.shape[3:], stride, padding, dilation)
     return _empty_activation(x, rows, weight.shape[1], height, width)
 
 
@@ -132,7 +137,10 @@ def convolution_weight_shape(
 def _geometry(
     x: Tensor, y: Tensor, weight: Sequence[int], steps: Sequence[int], stride: _Pair, padding: _Pair, dilation: _Pair
 ) -> _Geometry:
-    (_, rows, in_channels, *in_size), (_, _, out_channels, *out_size) = x.shape, y.shape
+    (tasks, rows, in_channels, *in_size), (_, _, out_channels, *out_size) = x.shape, y.shape
+    expected = (tasks, rows, out_channels, *out_sizes(in_size, weight[3:], stride, padding, dilation))
+    if y.shape != expected or tuple(weight[:3]) != (tasks, out_channels, in_channels):
+        raise ValueError(f"a convolution of {tuple(x.shape)} by {tuple(weight)} gives {expected}, not {tuple(y.shape)}")
     return _Geometry(
         rows, *in_size, in_channels, *out_size, out_channels, *weight[3:], *stride, *padding, *dilation, *steps
     )
@@ -324,12 +332,35 @@ _OPERATIONS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
     ("channel_sums(Tensor x) -> Tensor", channel_sums, channel_sums_shape),
 ]
 
+
+def _checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, for tensors that nobody has looked at: it reads memory by their sizes.
+
+    Raises:
+        ValueError: tensors of several types, or of shapes that do not go together.
+    """
+
+    @functools.wraps(kernel)
+    def checked(*arguments: Any) -> Any:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        x = max(tensors, key=Tensor.dim)
+        for value in tensors:
+            if value.dtype != x.dtype or value.dtype not in _REAL:
+                raise ValueError(f"{kernel.__name__} of {x.dtype} and {value.dtype}; expected all float32 or float64")
+            alike = value.shape in (x.shape, (len(x), x.shape[2]))
+            if not alike and not kernel.__name__.startswith("convolution"):
+                raise ValueError(f"{kernel.__name__} of shapes {tuple(x.shape)} and {tuple(value.shape)}")
+        return kernel(*arguments)
+
+    return checked
+
+
 _library = torch.library.Library("raymeta", "DEF")
 # A recorded program calls the function itself: a tenth of the way through torch's dispatch.
 DIRECT: dict[Any, Callable[..., Any]] = {}
 for _signature, _kernel, _shape in _OPERATIONS:
     _name = _signature.split("(")[0]
     _library.define(_signature, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, _checked(_kernel), "CPU")
     torch.library.register_fake(f"raymeta::{_name}", _shape, lib=_library)
     DIRECT[getattr(torch.ops.raymeta, _name).default] = _kernel
