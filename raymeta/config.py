@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
 from raymeta import yaml_text
-from raymeta.algorithms import FILLED_BY_BUILD, LEARNERS
+from raymeta.algorithms import FAMILIES, FILLED_BY_BUILD, LEARNERS
 from raymeta.errors import InputError, nearest
 from raymeta.models import MODELS
 from raymeta.parts import arguments_of, dotted, find_part, resolve_arguments, sentences, shown
@@ -162,6 +162,17 @@ def recipe_names() -> list[str]:
 def recipe_descriptions() -> dict[str, str]:
     """For each recipe what its first line, a comment, says of it."""
     return {name: _recipe_text(name).splitlines()[0].lstrip("# ").rstrip() for name in recipe_names()}
+
+
+def recipes_by_family() -> dict[str, list[str]]:
+    """The recipes that ship, by the family of their learner, in the order of `raymeta.algorithms.FAMILIES`."""
+    learner_of = {
+        name: yaml_text.parse(_recipe_text(name), f"recipe {name}")["algorithm"]["name"] for name in recipe_names()
+    }
+    return {
+        family: [name for learner in learners for name, of in learner_of.items() if of == learner]
+        for family, learners in FAMILIES.items()
+    }
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -23,8 +23,10 @@ from PIL import Image
 
 import raymeta
 from raymeta import build, cli
+from raymeta.algorithms import FAMILIES
 from raymeta.cli import training
 from raymeta.cli.signals import answered_signals
+from raymeta.config import recipe_names
 from raymeta.data.omniglot import open_omniglot
 from raymeta.run_directory import RunDirectory
 from raymeta.yaml_text import dump
@@ -777,10 +779,13 @@ def test_what_data_refuses(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert not store.exists()
 
 
-def test_recipes_one_line_each(raymeta_cli: Callable[..., Said]) -> None:
-    lines = raymeta_cli("recipes").out.splitlines()
-    assert len(lines) >= 12
-    assert any(line.startswith("omniglot-5w1s-maml ") and "MAML" in line for line in lines)
+def test_recipes_by_family_one_line_each(raymeta_cli: Callable[..., Said]) -> None:
+    families = raymeta_cli("recipes").out.rstrip().split("\n\n")
+    assert [family.split("\n")[0] for family in families] == list(FAMILIES)
+    listed = [line.split()[0] for family in families for line in family.split("\n")[1:]]
+    assert sorted(listed) == recipe_names()
+    assert "\n  omniglot-5w1s-maml " in families[0]
+    assert families[-1].count("floor") == 4
 
 
 def test_help_and_version(raymeta_cli: Callable[..., Said]) -> None:

@@ -1,4 +1,4 @@
-"""The learners that ship, by the name that `algorithm.name` takes."""
+"""The learners that ship."""
 
 from __future__ import annotations
 
@@ -26,38 +26,57 @@ from raymeta.algorithms.relation import RelationNetworks
 from raymeta.algorithms.reptile import Reptile
 from raymeta.algorithms.snail import SNAIL
 
-LEARNERS: dict[str, type[Learner]] = {
-    "maml": MAML,
-    "first_order_maml": FirstOrderMAML,
-    "anil": ANIL,
-    "meta_sgd": MetaSGD,
-    "maml_plus_plus": MAMLPlusPlus,
-    "imaml": IMAML,
-    "cavia": CAVIA,
-    "meta_curvature": MetaCurvature,
-    "reptile": Reptile,
-    "prototypical_networks": PrototypicalNetworks,
-    "matching_networks": MatchingNetworks,
-    "relation_networks": RelationNetworks,
-    "r2d2": R2D2,
-    "metaoptnet": MetaOptNet,
-    "conditional_neural_process": ConditionalNeuralProcess,
-    "attentive_neural_process": AttentiveNeuralProcess,
-    "snail": SNAIL,
-    "memory_augmented_network": MemoryAugmentedNetwork,
-    "leo": LEO,
-    "vae_augmentation": VAEAugmentation,
-    "gan_augmentation": GANAugmentation,
-    "amortised": Amortised,
-    "amortised_head": AmortisedHead,
-    "multi_task": MultiTask,
-    "from_scratch": FromScratch,
-    "nearest_neighbour": NearestNeighbour,
+# Families of methods, and their learners by the name that `algorithm.name` takes.
+FAMILIES: dict[str, dict[str, type[Learner]]] = {
+    "Adaptation by gradient steps": {
+        "maml": MAML,
+        "first_order_maml": FirstOrderMAML,
+        "anil": ANIL,
+        "meta_sgd": MetaSGD,
+        "maml_plus_plus": MAMLPlusPlus,
+        "imaml": IMAML,
+        "cavia": CAVIA,
+        "meta_curvature": MetaCurvature,
+        "reptile": Reptile,
+    },
+    "Metrics: comparison with the support set": {
+        "prototypical_networks": PrototypicalNetworks,
+        "matching_networks": MatchingNetworks,
+        "relation_networks": RelationNetworks,
+    },
+    "Differentiable solvers: a head fitted to its optimum": {
+        "r2d2": R2D2,
+        "metaoptnet": MetaOptNet,
+    },
+    "Sequences and memory: tasks read row by row": {
+        "snail": SNAIL,
+        "memory_augmented_network": MemoryAugmentedNetwork,
+    },
+    "Latent: neural processes, and inner steps on a code": {
+        "conditional_neural_process": ConditionalNeuralProcess,
+        "attentive_neural_process": AttentiveNeuralProcess,
+        "leo": LEO,
+    },
+    "Amortised: parameters predicted from the support set": {
+        "amortised": Amortised,
+        "amortised_head": AmortisedHead,
+    },
+    "Generative: examples made beside those given": {
+        "vae_augmentation": VAEAugmentation,
+        "gan_augmentation": GANAugmentation,
+    },
+    "Baselines": {
+        "multi_task": MultiTask,
+        "from_scratch": FromScratch,
+        "nearest_neighbour": NearestNeighbour,
+    },
 }
+LEARNERS: dict[str, type[Learner]] = {name: learner for family in FAMILIES.values() for name, learner in family.items()}
 
 __all__ = [
     "ANIL",
     "CAVIA",
+    "FAMILIES",
     "FILLED_BY_BUILD",
     "IMAML",
     "LEARNERS",

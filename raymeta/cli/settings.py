@@ -87,10 +87,12 @@ def profile(arguments: tuple[str, ...], seconds: float, try_compile: bool, as_js
 
 @commands.command()
 def recipes() -> None:
-    """List the recipes that ship, one line each."""
-    from raymeta.config import recipe_descriptions
+    """List the recipes that ship, by family of their learner, one line each."""
+    from raymeta.config import recipe_descriptions, recipes_by_family
 
     descriptions = recipe_descriptions()
     width = max(map(len, descriptions))
-    for name, description in descriptions.items():
-        print(f"{name:<{width}}  {description}")
+    for place, (family, names) in enumerate(recipes_by_family().items()):
+        print(f"{chr(10) if place else ''}{family}")
+        for name in names:
+            print(f"  {name:<{width}}  {descriptions[name]}")
