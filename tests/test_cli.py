@@ -218,6 +218,19 @@ def test_resume_of_nothing_is_a_start(tmp_path: Path, raymeta_cli: Callable[...,
     assert [record["step"] for record in RunDirectory(early).read_metrics()] == [2, 4, 4, 4, 4]
 
 
+def test_the_kernels_that_the_rule_chose_are_those_of_the_run(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+    """Others round otherwise: what goes on, goes on with what the run's configuration names."""
+    place, settings = tmp_path / "run", ["omniglot-5w1s-maml", *IMAGES, "outer.schedule=constant"]
+    assert "native kernels" in raymeta_cli("train", *settings, "--run-dir", place).err
+    assert "native" in (place / "config.yaml").read_text()
+    task = raymeta_cli("train", *settings, "--run-dir", tmp_path / "task", "algorithm.kernels=task").err
+    assert "native" not in task
+    for again in ([], settings):
+        said = raymeta_cli("train", *again, "--run-dir", tmp_path / "task", "--resume", "outer.steps=6")
+        assert (said.code, "native" in said.err) == (0, False)
+        assert RunDirectory(tmp_path / "task").read_config()["algorithm"]["kernels"] == "task"
+
+
 def test_what_may_change_when_a_run_is_resumed(
     tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
 ) -> None:

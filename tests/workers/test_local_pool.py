@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from torch import nn
 
 from raymeta.algorithms import MAML
+from raymeta.build.running import worker_parts
+from raymeta.config import load_config
 from raymeta.errors import InputError
+from raymeta.ops.native import library
 from raymeta.params import ParameterLayout, params_hash
 from raymeta.tasks import Sinusoid
 from raymeta.workers.local_pool import LocalPool
-from raymeta.workers.pool import Abandoned
+from raymeta.workers.pool import Abandoned, require_alike
 from raymeta.workers.worker import TaskError, Worker, WorkerParts, WorkerSettings
 
 
@@ -137,3 +141,26 @@ def test_a_model_in_float64_gets_its_tasks_in_float64():
     with LocalPool(lambda: WorkerParts(tasks, tasks, model, learner)) as pool:
         flat = torch.zeros(2, dtype=torch.float64)
         assert pool.meta_gradient(flat, 0, range(3)).gradient.dtype == torch.float64
+
+
+def test_workers_that_would_round_otherwise_are_refused(monkeypatch):
+    """One of them on a machine without a C compiler."""
+    config = load_config("omniglot-5w1s-maml", ["model.filters=4"])
+    reports = []
+    for can_run in (True, False):
+        monkeypatch.setattr(library, "can_run", lambda can_run=can_run: can_run)
+        with LocalPool(functools.partial(worker_parts, config.resolved())) as pool:
+            reports += pool.reports
+    assert [report.kernels for report in reports] == ["native", "task"]
+    require_alike(reports[:1] * 2)
+    with pytest.raises(
+        InputError, match=r"kernels=native, worker 1 .* with task: .*no C compiler.*kernels=task for all"
+    ):
+        require_alike(reports)
+
+
+def test_a_model_without_such_layers_needs_no_compiler(monkeypatch):
+    monkeypatch.setattr(library, "kernels", lambda real: pytest.fail("a compiler was asked for"))
+    config = load_config("sinusoid-10s-maml", ["model.hidden=[4]"])
+    with LocalPool(functools.partial(worker_parts, config.resolved())) as pool:
+        assert pool.reports[0].kernels == "task"

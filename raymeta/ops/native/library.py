@@ -26,8 +26,11 @@ from raymeta.errors import InputError
 logger = logging.getLogger(__name__)
 
 SOURCE = "task_kernels.c"
-# The processor's own instructions first; not every compiler knows a name for them.
-_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+# The processor's own instructions first; not every compiler knows a name for them, or OpenMP. (torch has loaded its
+# OpenMP already, and with it the threads: one of the same name is not loaded again.)
+_FLAGS = tuple(
+    (*openmp, *processor) for openmp in (("-fopenmp",), ()) for processor in (("-march=native",), ("-mcpu=native",), ())
+)
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-shared", "-fPIC")
 _SECONDS = 300
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -249,24 +248,14 @@ def _at(value: Tensor | None) -> int | None:
     return None if value is None else value.data_ptr()
 
 
-_threads: dict[int, ThreadPoolExecutor] = {}
+# Below so many numbers it takes longer to wake a thread than to do without it.
+THREADED_FROM = 1 << 15
 
 
 def _run(name: str, x: Tensor, *arguments: Any) -> None:
-    """Calls the kernel for all tasks of x; with several threads for some tasks in each, which changes no sum."""
-    function, tasks = _function(name, x.dtype), len(x)
-    threads = min(torch.get_num_threads(), tasks)
-    if threads < 2 or x.numel() < 1 << 14:
-        failed = function(*arguments, 0, tasks)
-    else:
-        pool = _threads.get(threads) or _threads.setdefault(threads, ThreadPoolExecutor(threads))
-        bounds = [tasks * part // threads for part in range(threads + 1)]
-        # ctypes lets go of the interpreter while a kernel runs.
-        parts: list[Future[int | None]] = [
-            pool.submit(function, *arguments, *bounds[part : part + 2]) for part in range(threads)
-        ]
-        failed = max(part.result() or 0 for part in parts)
-    if failed:
+    """Calls the kernel for all tasks of x, by as many threads as torch uses (each has some tasks: no sum changes)."""
+    threads = min(torch.get_num_threads(), len(x)) if x.numel() >= THREADED_FROM else 1
+    if _function(name, x.dtype)(*arguments, len(x), threads):
         raise InputError(f"no memory for the kernel {name} (lower algorithm.chunk_tasks)")
 
 
@@ -281,14 +270,13 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     found = _functions.get((name, dtype))
     if found is None:
         found = getattr(kernels(_REAL[dtype]), name)
-        found.argtypes = [ctypes.c_void_p] * _POINTERS[name] + _BETWEEN.get(name, []) + _SIZES
-        found.restype = ctypes.c_int if name.startswith("convolution") else None
+        found.argtypes = [ctypes.c_void_p] * _POINTERS[name] + _BETWEEN.get(name, []) + [ctypes.c_int64, ctypes.c_int]
         _functions[name, dtype] = found
     return found
 
 
 _SIZES = [ctypes.c_int64, ctypes.c_int64]
-# What comes between the pointers and the two numbers of tasks.
+# What comes between the pointers and the numbers of tasks and threads.
 _BETWEEN: dict[str, list[Any]] = {
     "normalise": [*_SIZES, ctypes.c_double, ctypes.c_int],
     "normalise_backward": [*_SIZES, ctypes.c_int],

@@ -1,8 +1,8 @@
-/* Convolution and batch normalisation of many tasks at once, each with weights of its own, on one processor core.
+/* Convolution and batch normalisation of many tasks at once, each with weights of its own.
  *
  * Legend: T tasks, B rows, H x W positions of the input, P x Q of the output, C channels of the input, K of the output.
- * Activations lie densely as [T, B, H, W, C] and [T, B, P, Q, K], weights in any layout. `first` to `last` are the tasks
- * that a call is for. A sum has one fixed order, whatever `first` and `last` are.
+ * Activations lie densely as [T, B, H, W, C] and [T, B, P, Q, K], weights in any layout. `first` to `last` are one
+ * thread's tasks. A sum has one fixed order, whatever they are.
  *
  * Built once for each type, REAL. Vectors are those of GCC and Clang, as wide as the processor's.
  */
@@ -67,14 +67,14 @@ INLINE void store(REAL *to, Vector value, whole count) {
 
 /* Convolution -------------------------------------------------------------------------------------------------- */
 
-/* What one position of the result gathers from: places in a row of the source, and the weight of each, [depth, width]. */
+/* What a position of the result gathers from: places in a row of the source, and the weight of each, [depth, width]. */
 typedef struct {
     whole count;
     whole *place;
     const REAL **weight;
 } Taps;
 
-/* TALL rows or less of WIDE vectors or less: y[r] = bias + sum over taps and depth of x[r, tap, depth] weight[tap, depth]. */
+/* TALL rows or less of WIDE vectors or less: y[r] = bias + sum over taps and depth of x[r, tap, depth] weight[tap, d] */
 INLINE void gather_tile(
     int tall, int wide, const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, whole column,
     const REAL *bias, REAL *y, whole y_step, whole width
@@ -167,11 +167,14 @@ static void taps_done(Taps *taps) {
     free(taps->weight);
 }
 
-/* F(x, w) + bias. Returns 0, or 1 where there is no memory. */
-int convolution(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last) {
+/* F(x, w) + bias. */
+static int convolution_part(
+    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last
+) {
     whole C = g->in_channels, K = g->out_channels, padded = over(K, LANES) * LANES, taps_all = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
-    int lies = g->out_step == 1 && g->in_step == K && g->width_step == C * K && g->height_step == g->width * C * K && K == padded;
+    int lies = g->out_step == 1 && g->in_step == K && g->width_step == C * K && g->height_step == g->width * C * K;
+    lies = lies && K == padded;
     Taps taps = {0};
     REAL *packed = lies ? 0 : calloc((size_t)(taps_all * C * padded), sizeof(REAL));
     if (!taps_for(&taps, g) || (!lies && !packed)) {
@@ -216,7 +219,9 @@ int convolution(const REAL *x, const REAL *weight, const REAL *bias, REAL *y, co
 }
 
 /* I(gradient, w): what the gradient of the output sends to the input. */
-int convolution_input(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last) {
+static int convolution_input_part(
+    const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last
+) {
     whole C = g->in_channels, K = g->out_channels, padded = over(C, LANES) * LANES, taps_all = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
     Taps taps = {0};
@@ -266,7 +271,9 @@ typedef struct {
 } Seen;
 
 /* to[r, w] += sum over what is seen of x[r] gradient[w]. */
-INLINE void outer_tile(int tall, int wide, const REAL *x, const REAL *gradient, const Seen *s, REAL *to, whole to_step) {
+INLINE void outer_tile(
+    int tall, int wide, const REAL *x, const REAL *gradient, const Seen *s, REAL *to, whole to_step
+) {
     Vector sum[TALL][WIDE];
 #pragma GCC unroll 8
     for (int r = 0; r < tall; r++)
@@ -312,7 +319,9 @@ static void outer(
 }
 
 /* W(x, gradient): [T, height, width, C, K] densely, what the gradient of the output sends to the weight. */
-int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last) {
+static int convolution_weight_part(
+    const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last
+) {
     whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
     whole columns = over(K, LANES) * LANES, taps = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = P * Q * K;
@@ -337,7 +346,8 @@ int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const 
         REAL *to = wide_weight ? wide_weight : weight + t * taps * C * K;
         memset(to, 0, (size_t)(taps * C * columns) * sizeof(REAL));
         if (wide_gradient) {
-            for (whole n = 0; n < B * P * Q; n++) memcpy(wide_gradient + n * columns, other + n * K, (size_t)K * sizeof(REAL));
+            for (whole n = 0; n < B * P * Q; n++)
+                memcpy(wide_gradient + n * columns, other + n * K, (size_t)K * sizeof(REAL));
             other = wide_gradient;
         }
         if (framed) {
@@ -367,7 +377,8 @@ int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const 
                         seen.row = row;
                         seen.last_row = least(B, row + row_block);
                         seen.p = most(block, up < 0 ? over(-up, g->stride_height) : 0);
-                        seen.last_p = least(least(P, block + p_block), up >= height ? 0 : (height - 1 - up) / g->stride_height + 1);
+                        seen.last_p = up >= height ? 0 : (height - 1 - up) / g->stride_height + 1;
+                        seen.last_p = least(seen.last_p, least(P, block + p_block));
                         seen.q = along < 0 ? over(-along, g->stride_width) : 0;
                         seen.last_q = least(Q, along >= width ? 0 : (width - 1 - along) / g->stride_width + 1);
                         if (seen.p >= seen.last_p || seen.q >= seen.last_q) continue;
@@ -478,7 +489,7 @@ INLINE void normalise_some(
 }
 
 /* y = w s (x - mean) + b of n values a channel each, or max(y, 0) with `rectify`; mean; and scale, which is s. */
-void normalise(
+static int normalise_part(
     const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale, whole n, whole channels,
     double eps, int rectify, whole first, whole last
 ) {
@@ -493,6 +504,7 @@ void normalise(
         OVER_CHANNELS(channels, CALL);
 #undef CALL
     }
+    return 0;
 }
 
 /* The gradient of y behind the gate of the ReLU. */
@@ -552,7 +564,7 @@ INLINE void normalise_backward_some(
 }
 
 /* What the gradient of y sends to x, and by channel to the weight (products) and the bias (totals). */
-void normalise_backward(
+static int normalise_backward_part(
     const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale,
     REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify, whole first, whole last
 ) {
@@ -567,6 +579,7 @@ void normalise_backward(
         OVER_CHANNELS(channels, CALL);
 #undef CALL
     }
+    return 0;
 }
 
 INLINE void normalise_second_backward_some(
@@ -639,7 +652,7 @@ INLINE void normalise_second_backward_some(
 
 /* What the adjoints of `normalise_backward`'s results send to the gradient, to x and to the weight. Adjoints that are
  * not there (null) are zero. */
-void normalise_second_backward(
+static int normalise_second_backward_part(
     const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient, const REAL *x,
     const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products, const REAL *totals,
     REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify, whole first, whole last
@@ -657,6 +670,7 @@ void normalise_second_backward(
 #undef CALL
 #undef AT
     }
+    return 0;
 }
 
 INLINE void channel_sums_some(int wide, whole count, const REAL *x, REAL *sums, whole n, whole channels) {
@@ -680,11 +694,70 @@ INLINE void channel_sums_some(int wide, whole count, const REAL *x, REAL *sums, 
 }
 
 /* The sums of n values a channel each. */
-void channel_sums(const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last) {
+static int channel_sums_part(const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last) {
     for (whole t = first; t < last; t++) {
 #define CALL(wide, column, count) \
     channel_sums_some(wide, count, x + t * n * channels + column, sums + t * channels + column, n, channels)
         OVER_CHANNELS(channels, CALL);
 #undef CALL
     }
+    return 0;
+}
+
+/* The kernels ---------------------------------------------------------------------------------------------------- */
+
+/* For all tasks, by so many threads: a task's sums do not depend on how many. They return 0, or 1 where there is no
+ * memory. */
+
+#define OVER_TASKS(part_of) \
+    int failed = 0; \
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)") \
+    for (int part = 0; part < threads; part++) failed |= part_of; \
+    return failed;
+#define FIRST (tasks * part / threads)
+#define LAST (tasks * (part + 1) / threads)
+
+int convolution(
+    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole tasks, int threads
+) {
+    OVER_TASKS(convolution_part(x, weight, bias, y, g, FIRST, LAST))
+}
+
+int convolution_input(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole tasks, int threads) {
+    OVER_TASKS(convolution_input_part(gradient, weight, x, g, FIRST, LAST))
+}
+
+int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole tasks, int threads) {
+    OVER_TASKS(convolution_weight_part(x, gradient, weight, g, FIRST, LAST))
+}
+
+int normalise(
+    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale, whole n, whole channels,
+    double eps, int rectify, whole tasks, int threads
+) {
+    OVER_TASKS(normalise_part(x, weight, bias, y, mean, scale, n, channels, eps, rectify, FIRST, LAST))
+}
+
+int normalise_backward(
+    const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale,
+    REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify, whole tasks, int threads
+) {
+    OVER_TASKS(normalise_backward_part(
+        gradient, x, weight, bias, mean, scale, to_x, products, totals, n, channels, rectify, FIRST, LAST
+    ))
+}
+
+int normalise_second_backward(
+    const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient, const REAL *x, const
+    REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products, const REAL *totals,
+    REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify, whole tasks, int threads
+) {
+    OVER_TASKS(normalise_second_backward_part(
+        adjoint, to_products, to_totals, gradient, x, weight, bias, mean, scale, products, totals, to_gradient, to_x,
+        to_weight, n, channels, rectify, FIRST, LAST
+    ))
+}
+
+int channel_sums(const REAL *x, REAL *sums, whole n, whole channels, whole tasks, int threads) {
+    OVER_TASKS(channel_sums_part(x, sums, n, channels, FIRST, LAST))
 }
