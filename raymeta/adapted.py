@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from raymeta.algorithms import Adapted, Learner
 from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.build import trained
-from raymeta.config import load_config
+from raymeta.config import load_config, to_predict
 from raymeta.errors import InputError
 from raymeta.params import Params
 from raymeta.run_directory import RunDirectory
@@ -50,7 +50,7 @@ def load(place: str | os.PathLike[str], checkpoint: str | int = "best") -> Train
         InputError: no run directory, or a checkpoint that is missing, cut off or altered.
     """
     run = RunDirectory(place)
-    resolved = run.read_config()
+    resolved = to_predict(run.read_config())
     found = run.load(checkpoint)
     return TrainedLearner.make(resolved, found.params, found.state["describes"], found.step)
 

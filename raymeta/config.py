@@ -153,6 +153,15 @@ def load_config(
     )
 
 
+def to_predict(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run, for a machine that only predicts: it may lack the compiler that the run had, and other
+    kernels round otherwise, no more."""
+    algorithm = dict(resolved["algorithm"])
+    if algorithm.get("kernels") == "native":
+        algorithm["kernels"] = "auto"
+    return {**resolved, "algorithm": algorithm}
+
+
 def recipe_names() -> list[str]:
     """The recipes that ship, sorted."""
     folder = resources.files("raymeta") / "recipes"

@@ -35,13 +35,13 @@ def evaluate(
     from raymeta import build
     from raymeta.algorithms.fitting import Gap, gaps
     from raymeta.checkpoint import without_non_finite
-    from raymeta.config import load_config
+    from raymeta.config import load_config, to_predict
     from raymeta.evaluation import evaluate as evaluate_split
     from raymeta.params import ParameterLayout
     from raymeta.run_directory import RunDirectory
 
     directory = RunDirectory(build.expand_run_dir(run_dir))
-    config = load_config(directory.read_config(), overrides_of(overrides))
+    config = load_config(to_predict(directory.read_config()), overrides_of(overrides))
     found = directory.load(checkpoint)
     parts = build.check(config)
     _, learner, params = build.trained(config, found.params, build.describe_source(parts.source))

@@ -74,7 +74,7 @@ typedef struct {
     const REAL **weight;
 } Taps;
 
-/* TALL rows or less of WIDE vectors or less: y[r] = bias + sum over taps and depth of x[r, tap, depth] weight[tap, d] */
+/* At most TALL rows of WIDE vectors: y[r] = bias + sum over taps and depth of x[r, tap, depth] weight[tap, depth]. */
 INLINE void gather_tile(
     int tall, int wide, const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, whole column,
     const REAL *bias, REAL *y, whole y_step, whole width
