@@ -154,8 +154,8 @@ def load_config(
 
 
 def to_predict(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run, for a machine that only predicts: it may lack the compiler that the run had, and other
-    kernels round otherwise, no more."""
+    """The configuration of a run, for a machine that only predicts: it may lack the compiler that the run had, and what
+    other kernels change is rounding."""
     algorithm = dict(resolved["algorithm"])
     if algorithm.get("kernels") == "native":
         algorithm["kernels"] = "auto"

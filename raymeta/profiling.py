@@ -22,7 +22,6 @@ from raymeta.algorithms import Learner
 from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.algorithms.program import RECORD_AFTER, signature
 from raymeta.algorithms.task_model import Kernels
-from raymeta.ops.native import library
 from raymeta.params import Params
 from raymeta.workers.reduction import chunk_count
 from raymeta.workers.worker import WorkerParts, keep_freed_memory
@@ -132,7 +131,7 @@ def profile(
         learner = replace(learner, kernels=learner.kernels_for(parts.model))
         found = [measured(learner, size) for size in _sizes(tasks_per_step, chunk_tasks, workers, device)]
         size = min(found, key=lambda candidate: candidate.step_seconds).chunk_tasks
-        variants = list(_variants(learner, try_compile))
+        variants = list(_variants(learner, replace(learner, kernels="auto").kernels_for(parts.model), try_compile))
         found += [measured(variant, size) for variant in variants]
         exact = [candidate for candidate in found if candidate.precision == learner.precision]
         best = min(exact, key=lambda candidate: candidate.step_seconds)
@@ -151,11 +150,11 @@ def _sizes(tasks: int, chunk_tasks: int | None, workers: int, device: str) -> li
     return sorted({rule, math.ceil(tasks / workers), *powers})
 
 
-def _variants(learner: Learner, try_compile: bool) -> Iterator[Learner]:
+def _variants(learner: Learner, by_rule: Kernels, try_compile: bool) -> Iterator[Learner]:
     """The learner with one setting changed."""
     kernels: Kernels
-    for kernels in ("native", "task", "general"):
-        if kernels != learner.kernels and (kernels != "native" or library.can_run()):
+    for kernels in dict.fromkeys((by_rule, "task", "general")):
+        if kernels != learner.kernels:
             yield replace(learner, kernels=kernels)
     if isinstance(learner, GradientLearner) and learner.outer_gradient == "exact" and learner.inner_steps > 1:
         unrolled = learner.memory == "unrolled" or (learner.memory == "auto" and learner.inner_steps <= 5)

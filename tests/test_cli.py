@@ -219,7 +219,9 @@ def test_resume_of_nothing_is_a_start(tmp_path: Path, raymeta_cli: Callable[...,
     assert [record["step"] for record in RunDirectory(early).read_metrics()] == [2, 4, 4, 4, 4]
 
 
-def test_the_kernels_that_the_rule_chose_are_those_of_the_run(tmp_path: Path, raymeta_cli: Callable[..., Said]) -> None:
+def test_the_kernels_that_the_rule_chose_are_those_of_the_run(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
     """Others round otherwise: what goes on, goes on with what the run's configuration names."""
     place, settings = tmp_path / "run", ["omniglot-5w1s-maml", *IMAGES, "outer.schedule=constant"]
     assert "native kernels" in raymeta_cli("train", *settings, "--run-dir", place).err
@@ -228,6 +230,7 @@ def test_the_kernels_that_the_rule_chose_are_those_of_the_run(tmp_path: Path, ra
         elsewhere.setattr(library, "can_run", lambda: False)
         assert raymeta_cli("evaluate", place).code == 0
         assert adapted.load(place).learner.kernels == "auto"
+        assert "no C compiler" in refused("train", *settings, "--run-dir", place, "--resume", "outer.steps=6")
     task = raymeta_cli("train", *settings, "--run-dir", tmp_path / "task", "algorithm.kernels=task").err
     assert "native" not in task
     for again in ([], settings):

@@ -39,7 +39,7 @@ def test_every_candidate_is_measured_and_the_fastest_is_the_best(place: str) -> 
     assert torch.get_num_threads() == threads
     assert tuple(told) == found.candidates
     assert {candidate.chunk_tasks for candidate in told} == {1, 2, 3, 4}
-    assert {candidate.kernels for candidate in told} == {"native", "task", "general"}
+    assert {candidate.kernels for candidate in told} == {"task", "general"}  # an MLP: no kernels of our own
     assert {candidate.memory for candidate in told} == {"auto", "flat"}
     for candidate in told:
         chunks = math.ceil(6 / candidate.chunk_tasks)

@@ -63,7 +63,11 @@ class TaskModel:
         self.switch = StatisticsSwitch()
         stated = state_batch_norms(copy.deepcopy(module), self.switch)
         self.module = stated if extended is None else extended(stated)
-        self.batching, self.precision, self.kernels = batching, precision, chosen_kernels(kernels, self.module)
+        self.batching, self.precision = batching, precision
+        # Those of our own know no loop over tasks, and no bfloat16.
+        native = batching == "vmap" and precision != "bfloat16"
+        by_rule: Kernels = "task" if kernels == "auto" and not native else kernels
+        self.kernels = chosen_kernels(by_rule, self.module)
         self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
         # The sets of fast parameters for which no function without a second derivative was found.
         self.differentiable_twice: set[tuple[str, ...]] = set()

@@ -20,6 +20,7 @@ from raymeta.build.running import (
     make_trainer,
     read_initial_checkpoint,
     settled,
+    with_kernels_of,
     worker_parts,
 )
 from raymeta.build.sources import describe_source, evaluation_changes, make_evaluation_source, make_source
@@ -47,5 +48,6 @@ __all__ = [
     "settled",
     "trained",
     "with_fits",
+    "with_kernels_of",
     "worker_parts",
 ]

@@ -17,7 +17,9 @@ from raymeta.build.places import in_ray_job
 from raymeta.build.sources import describe_source, evaluation_changes, make_evaluation_source, make_source
 from raymeta.chunks import chunk_tasks
 from raymeta.config import Config, load_config
+from raymeta.errors import InputError
 from raymeta.evaluation import EvaluationSettings
+from raymeta.ops.native import library
 from raymeta.outer_optimizer import OuterSettings
 from raymeta.params import MODEL, ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
@@ -83,6 +85,25 @@ def make_pool(config: Config) -> WorkerPool:
         address=workers.address,
         aggregation=workers.aggregation,
     )
+
+
+def with_kernels_of(config: Config, before: Mapping[str, Any]) -> Config:
+    """`config` for going on with a run whose resolved configuration is `before`: the rule's word is that run's.
+
+    Raises:
+        InputError: the run had a compiler, and this machine has none.
+    """
+    kernels = before["algorithm"].get("kernels")
+    if config.algorithm.arguments.get("kernels") not in ("auto", kernels) or kernels is None:
+        return config
+    if kernels == "native" and not library.can_run():
+        raise InputError(
+            "the run computes with algorithm.kernels=native, for which this machine has no C compiler, and cannot go "
+            "on with others: install one (gcc or clang), or start a new run with initial_checkpoint to begin from its "
+            "weights"
+        )
+    arguments = {**config.algorithm.arguments, "kernels": kernels}
+    return dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, arguments=arguments))
 
 
 def settled(config: Config, parts: WorkerParts, params: Params, pool: WorkerPool) -> Config:

@@ -94,10 +94,7 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
         before = directory.read_config()
         if config.chunk_tasks is None:  # by rule, and the rule's word is that run's
             config = replace(config, chunk_tasks=before["algorithm"]["chunk_tasks"])
-        if config.algorithm.arguments.get("kernels") == "auto":
-            kernels = before["algorithm"].get("kernels", "auto")
-            algorithm = replace(config.algorithm, arguments={**config.algorithm.arguments, "kernels": kernels})
-            config = replace(config, algorithm=algorithm)
+        config = build.with_kernels_of(config, before)
         require_resumable(before, config.resolved(), str(directory))
     return config, directory
 

@@ -195,7 +195,9 @@ def _known(x: Tensor) -> bool:
 def _real(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels of our own know it, and the others are of the same type."""
     alike = all(other is None or (other.device, other.dtype) == (x.device, x.dtype) for other in others)
-    return alike and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    # A layer on what is the same for all tasks (a buffer, by a weight that nobody adapts) is no task's.
+    of_tasks = any(other is not None and _functorch.is_batchedtensor(other) for other in (x, *others))
+    return of_tasks and alike and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def _pair(value: int | tuple[int, ...]) -> Pair:

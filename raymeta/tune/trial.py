@@ -84,8 +84,10 @@ def run_trial(
     elif origin is not None:
         initial = _kept(origin, record)
     config = load_config(run, [*settings_overrides(settings), *settings_overrides({"initial_checkpoint": initial})])
-    parts = build.check(config)
     directory = RunDirectory(folder)
+    if resumes:
+        config = build.with_kernels_of(config, directory.read_config())
+    parts = build.check(config)
     directory.create(resume=resumes)
     with directory, build.make_pool(config) as pool:
         found = directory.load("latest") if resumes else None

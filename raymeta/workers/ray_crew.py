@@ -191,7 +191,14 @@ class Crew:
                     f"worker {member.number} came back on {report.host} with other data than the run began with: "
                     f"{report.fingerprints}, before {before}."
                 )
-            require_like_kernels(self.reports[0], report, f"worker {member.number}")
+            try:
+                require_like_kernels(self.reports[0], report, f"worker {member.number}")
+            except InputError as error:  # another node, or a while later, may have the compiler that this one lacks
+                member.reason = str(error)
+                logger.warning("worker %d is not taken back: %s", member.number, error)
+                ray.kill(member.actor, no_restart=False)
+                member.retry_at += 10 * RETRY_SECONDS
+                return
             self._arrived(member, arrival)
             member.away = False
             self.gauges.restarts.inc()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import vmap
 
-from raymeta.algorithms.task_model import chosen_kernels
+from raymeta.algorithms.task_model import TaskModel, chosen_kernels
 from raymeta.errors import InputError
 from raymeta.ops.native import library, operators
 from raymeta.ops.task_kernels import TaskKernels
@@ -166,23 +166,56 @@ def second_derivatives(inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The number of threads may be changed, and counts for small tensors, too."""
+    monkeypatch.setattr(operators, "THREADED_FROM", 0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-def test_the_same_bits_with_any_number_of_threads_and_for_a_task_alone(threads: None) -> None:
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_the_same_bits_with_any_number_of_threads(threads: None, tasks: int) -> None:
+    """More threads than tasks, too: then each has some of the rows, or of the channels."""
     torch.set_num_threads(1)
-    inputs = problem()
+    inputs = [value[:tasks].detach().requires_grad_() for value in problem()]
     expected = second_derivatives(inputs)
-    for count in (2, 3, 5):
+    for count in (2, 3, 5, 13):
         torch.set_num_threads(count)
         for found, right in zip(second_derivatives(inputs), expected, strict=True):
             assert torch.equal(found, right)
+
+
+def test_the_same_bits_for_a_task_alone() -> None:
+    inputs = problem()
+    expected = second_derivatives(inputs)
     alone = second_derivatives([value[1:2].detach().requires_grad_() for value in inputs])
     for found, right in zip(alone, expected, strict=True):
         assert torch.equal(found, right[1:2])
+
+
+def test_many_channels_are_gone_through_in_parts() -> None:
+    """A weight that fills no cache."""
+    draw = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(2, 3, 300, 4, 4, generator=draw), torch.randn(2, 70, 300, 3, 3, generator=draw)
+    y = operators.convolution(x, weight, None, (1, 1), (1, 1), (1, 1))
+    expected = torch.stack([F.conv2d(*two, padding=1) for two in zip(x.double(), weight.double(), strict=True)])
+    close(y, expected, 2700)
+    gradient = operators.convolution_input(y, weight, (4, 4), (1, 1), (1, 1), (1, 1))
+    other = operators.convolution_input(expected, weight.double(), (4, 4), (1, 1), (1, 1), (1, 1))
+    close(gradient, other, 20_000)
+
+
+def test_a_layer_on_what_all_tasks_share_goes_the_general_way() -> None:
+    grid, weight = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+
+    def function(x: Tensor) -> Tensor:
+        y = F.conv2d(grid, weight)
+        y = F.relu(F.batch_norm(y, None, None, training=True))
+        return x + F.max_pool2d(y, 2).sum()
+
+    x = torch.randn(5)
+    torch.testing.assert_close(under_vmap(function, x), vmap(function)(x))
 
 
 def test_a_weight_may_lie_anyhow() -> None:
@@ -266,6 +299,12 @@ def test_operations_refuse_shapes_that_do_not_go_together() -> None:
         torch.ops.raymeta.convolution(x, weight.double(), None, *where)
     with pytest.raises(ValueError, match="of shapes"):
         torch.ops.raymeta.normalise(x, torch.ones(2, 3), None, 1e-5, False)
+    with pytest.raises(ValueError, match="a bias of"):
+        torch.ops.raymeta.convolution(x, weight, torch.ones(2, 5), *where)
+    with pytest.raises(ValueError, match="a convolution of"):
+        torch.ops.raymeta.convolution(x, weight, None, (1, 1), (-1, 0), (1, 1))
+    with pytest.raises(ValueError, match="nothing to do"):
+        torch.ops.raymeta.convolution_weight(x, y[..., :0], (3, 6), *where)
     with pytest.raises(ValueError, match="of shapes"):
         torch.ops.raymeta.normalise_backward(y, x, None, None, torch.ones(2, 4), torch.ones(2, 4), False)
 
@@ -327,7 +366,14 @@ def test_without_a_compiler_torchs_kernels_are_used_and_it_is_said(
     assert not fresh.exists() or not list(fresh.iterdir())
 
 
-def test_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_not_this_users_alone_is_not_used(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be written, one that others can write, one in the working directory."""
+    fresh.mkdir()
+    assert library._cache() == fresh
+    fresh.chmod(0o777)
+    assert library._cache() != fresh
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert library._cache().is_absolute()
     blocked = fresh.parent / "a file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(blocked))
@@ -340,3 +386,4 @@ def test_the_rule() -> None:
     assert chosen_kernels("auto", image.to("meta")) == "task"
     for kernels in ("native", "task", "general"):
         assert chosen_kernels(kernels, small) == kernels
+    assert [TaskModel(image, "loop").kernels, TaskModel(image, precision="bfloat16").kernels] == ["task", "task"]

@@ -103,12 +103,14 @@ def _build(compiler: list[str], source: bytes, real: str, built: Path) -> None:
 
 def _cache() -> Path:
     """A folder of this user alone: what lies there is loaded as code."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base, "raymeta")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = base / "raymeta"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        if base.is_absolute():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            state = folder.stat()
+            if state.st_uid == os.geteuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
+                return folder
     except OSError:
         pass
     return _own_folder()

@@ -79,6 +79,8 @@ def convolution(
     bias [T, K]."""
     x = channels_last(x)
     y = convolution_shape(x, weight, bias, stride, padding, dilation)
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"a convolution by {tuple(weight.shape)} with a bias of {tuple(bias.shape)}")
     geometry = _geometry(x, y, weight.shape, weight.stride(), stride, padding, dilation)
     bias = None if bias is None else bias.contiguous()
     _run("convolution", x, _at(x), _at(weight), _at(bias), _at(y), ctypes.byref(geometry))
@@ -138,7 +140,8 @@ def _geometry(
 ) -> _Geometry:
     (tasks, rows, in_channels, *in_size), (_, _, out_channels, *out_size) = x.shape, y.shape
     expected = (tasks, rows, out_channels, *out_sizes(in_size, weight[3:], stride, padding, dilation))
-    if y.shape != expected or tuple(weight[:3]) != (tasks, out_channels, in_channels):
+    unlike = y.shape != expected or tuple(weight[:3]) != (tasks, out_channels, in_channels)
+    if unlike or min(*expected, *stride, *dilation) < 1 or min(padding) < 0:
         raise ValueError(f"a convolution of {tuple(x.shape)} by {tuple(weight)} gives {expected}, not {tuple(y.shape)}")
     return _Geometry(
         rows, *in_size, in_channels, *out_size, out_channels, *weight[3:], *stride, *padding, *dilation, *steps
@@ -170,6 +173,7 @@ def normalise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the gradient of y sends to x, weight and bias."""
     gradient, x, weight, bias = channels_last(gradient), channels_last(x), _dense(weight), _dense(bias)
+    mean, scale = mean.contiguous(), scale.contiguous()
     found = normalise_backward_shape(gradient, x, weight, bias, mean, scale, rectify)
     n, channels = _sizes(x)
     pointers = map(_at, (gradient, x, weight, bias, mean, scale, *found))
@@ -194,6 +198,7 @@ def normalise_second_backward(
     adjoint = None if adjoint is None else channels_last(adjoint)
     gradient, x = channels_last(gradient), channels_last(x)
     to_products, to_totals, weight, bias = map(_dense, (to_products, to_totals, weight, bias))
+    mean, scale, products, totals = (value.contiguous() for value in (mean, scale, products, totals))
     found = _like(x), _like(x), _by_channel(x)
     n, channels = _sizes(x)
     pointers = map(
@@ -253,8 +258,8 @@ THREADED_FROM = 1 << 15
 
 
 def _run(name: str, x: Tensor, *arguments: Any) -> None:
-    """Calls the kernel for all tasks of x, by as many threads as torch uses (each has some tasks: no sum changes)."""
-    threads = min(torch.get_num_threads(), len(x)) if x.numel() >= THREADED_FROM else 1
+    """Calls the kernel for all tasks of x, by as many threads as torch uses: no sum depends on it."""
+    threads = torch.get_num_threads() if x.numel() >= THREADED_FROM else 1
     if _function(name, x.dtype)(*arguments, len(x), threads):
         raise InputError(f"no memory for the kernel {name} (lower algorithm.chunk_tasks)")
 
@@ -338,6 +343,8 @@ def _checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
             alike = value.shape in (x.shape, (len(x), x.shape[2]))
             if not alike and not kernel.__name__.startswith("convolution"):
                 raise ValueError(f"{kernel.__name__} of shapes {tuple(x.shape)} and {tuple(value.shape)}")
+        if not all(value.numel() for value in tensors):
+            raise ValueError(f"{kernel.__name__} of shapes {[tuple(value.shape) for value in tensors]}: nothing to do")
         return kernel(*arguments)
 
     return checked

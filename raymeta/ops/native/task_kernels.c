@@ -30,6 +30,7 @@
 
 /* What is read again and again is kept to so much: half of a first-level cache, and a part of a second-level one. */
 #define NEAR_BYTES 16384
+#define NEXT_BYTES 262144
 /* So many values are added in the type itself, one after the other, before they go to a sum in double. */
 #define RUN 32
 
@@ -76,8 +77,8 @@ typedef struct {
 
 /* At most TALL rows of WIDE vectors: y[r] = bias + sum over taps and depth of x[r, tap, depth] weight[tap, depth]. */
 INLINE void gather_tile(
-    int tall, int wide, const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, whole column,
-    const REAL *bias, REAL *y, whole y_step, whole width
+    int tall, int wide, const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, const REAL *bias,
+    REAL *y, whole y_step, whole width, int more
 ) {
     Vector sum[TALL][WIDE];
 #pragma GCC unroll 8
@@ -85,10 +86,10 @@ INLINE void gather_tile(
         Vector start = {0};
         if (bias) start = load(bias + w * LANES, width - w * LANES);
 #pragma GCC unroll 8
-        for (int r = 0; r < tall; r++) sum[r][w] = start;
+        for (int r = 0; r < tall; r++) sum[r][w] = more ? load(y + r * y_step + w * LANES, width - w * LANES) : start;
     }
     for (whole tap = 0; tap < taps->count; tap++) {
-        const REAL *weight = taps->weight[tap] + column, *from = x + taps->place[tap];
+        const REAL *weight = taps->weight[tap], *from = x + taps->place[tap];
         for (whole d = 0; d < depth; d++, weight += weight_step) {
             Vector factor[WIDE];
 #pragma GCC unroll 8
@@ -133,27 +134,38 @@ INLINE void gather_tile(
     }
 #endif
 
-/* One position of the result in all rows. */
+/* One position of the result in all rows: `width` channels, in at most WIDE vectors. `more`: y has the sums so far. */
 static void gather(
     const REAL *x, whole x_step, const Taps *taps, whole depth, whole weight_step, const REAL *bias, REAL *y,
-    whole y_step, whole rows, whole channels
+    whole y_step, whole rows, whole width, int more
 ) {
-    for (whole column = 0; column < channels; column += WIDE * LANES) {
-        whole width = least(channels - column, WIDE * LANES);
-        int wide = (int)over(width, LANES);
-        const REAL *start = bias ? bias + column : 0;
-        whole tiles = over(rows, TALL);
-        for (whole tile = 0; tile < tiles; tile++) {
-            whole row = rows * tile / tiles;
-            int tall = (int)(rows * (tile + 1) / tiles - row);
-            const REAL *from = x + row * x_step;
-            REAL *to = y + row * y_step + column;
+    int wide = (int)over(width, LANES);
+    whole tiles = over(rows, TALL);
+    for (whole tile = 0; tile < tiles; tile++) {
+        whole row = rows * tile / tiles;
+        int tall = (int)(rows * (tile + 1) / tiles - row);
+        const REAL *from = x + row * x_step;
+        REAL *to = y + row * y_step;
 #define CALL(tall, wide) \
-    gather_tile(tall, wide, from, x_step, taps, depth, weight_step, column, start, to, y_step, width)
-            TILES(CALL)
+    gather_tile(tall, wide, from, x_step, taps, depth, weight_step, bias, to, y_step, width, more)
+        TILES(CALL)
 #undef CALL
-        }
     }
+}
+
+/* In how many parts the channels are gone through, for a tile's columns of their weights to stay in a cache. */
+static inline whole parts_of(whole channels, whole taps) {
+    return over(channels, most(16, NEXT_BYTES / (taps * WIDE * VECTOR_BYTES)));
+}
+
+/* to[k, c] (rows of `step`) = from[k * k_step + c * c_step], in squares, whose lines of memory stay in a cache. */
+static void packed_rows(const REAL *from, whole k_step, whole c_step, whole rows, whole columns, REAL *to, whole step) {
+    for (whole k0 = 0; k0 < rows; k0 += 16)
+        for (whole c0 = 0; c0 < columns; c0 += 16) {
+            whole k1 = least(rows, k0 + 16), c1 = least(columns, c0 + 16);
+            for (whole k = k0; k < k1; k++)
+                for (whole c = c0; c < c1; c++) to[k * step + c] = from[k * k_step + c * c_step];
+        }
 }
 
 static int taps_for(Taps *taps, const Geometry *g) {
@@ -169,10 +181,12 @@ static void taps_done(Taps *taps) {
 
 /* F(x, w) + bias. */
 static int convolution_part(
-    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last
+    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last, whole
+    row, whole last_row
 ) {
     whole C = g->in_channels, K = g->out_channels, padded = over(K, LANES) * LANES, taps_all = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
+    whole parts = parts_of(C, taps_all);
     int lies = g->out_step == 1 && g->in_step == K && g->width_step == C * K && g->height_step == g->width * C * K;
     lies = lies && K == padded;
     Taps taps = {0};
@@ -187,30 +201,35 @@ static int convolution_part(
         if (!lies) {
             for (whole i = 0; i < g->height; i++)
                 for (whole j = 0; j < g->width; j++)
-                    for (whole c = 0; c < C; c++) {
-                        const REAL *from = w + i * g->height_step + j * g->width_step + c * g->in_step;
-                        REAL *to = packed + ((i * g->width + j) * C + c) * padded;
-                        for (whole k = 0; k < K; k++) to[k] = from[k * g->out_step];
-                    }
+                    packed_rows(
+                        w + i * g->height_step + j * g->width_step, g->in_step, g->out_step, C, K,
+                        packed + (i * g->width + j) * C * padded, padded
+                    );
             w = packed;
         }
-        for (whole p = 0; p < g->out_height; p++)
-            for (whole q = 0; q < g->out_width; q++) {
-                taps.count = 0;
-                for (whole i = 0; i < g->height; i++) {
-                    whole h = p * g->stride_height - g->padding_height + i * g->dilation_height;
-                    if (h < 0 || h >= g->in_height) continue;
-                    for (whole j = 0; j < g->width; j++) {
-                        whole l = q * g->stride_width - g->padding_width + j * g->dilation_width;
-                        if (l < 0 || l >= g->in_width) continue;
-                        taps.place[taps.count] = (h * g->in_width + l) * C;
-                        taps.weight[taps.count++] = w + (i * g->width + j) * C * padded;
+        for (whole column = 0; column < K; column += WIDE * LANES)
+            for (whole part = 0; part < parts; part++) {
+                whole c = C * part / parts, depth = C * (part + 1) / parts - c;
+                for (whole p = 0; p < g->out_height; p++)
+                    for (whole q = 0; q < g->out_width; q++) {
+                        taps.count = 0;
+                        for (whole i = 0; i < g->height; i++) {
+                            whole h = p * g->stride_height - g->padding_height + i * g->dilation_height;
+                            if (h < 0 || h >= g->in_height) continue;
+                            for (whole j = 0; j < g->width; j++) {
+                                whole l = q * g->stride_width - g->padding_width + j * g->dilation_width;
+                                if (l < 0 || l >= g->in_width) continue;
+                                taps.place[taps.count] = (h * g->in_width + l) * C + c;
+                                taps.weight[taps.count++] = w + ((i * g->width + j) * C + c) * padded + column;
+                            }
+                        }
+                        gather(
+                            x + (t * g->rows + row) * x_step, x_step, &taps, depth, padded,
+                            bias ? bias + t * K + column : 0,
+                            y + (t * g->rows + row) * y_step + (p * g->out_width + q) * K + column, y_step,
+                            last_row - row, least(K - column, WIDE * LANES), part > 0
+                        );
                     }
-                }
-                gather(
-                    x + t * g->rows * x_step, x_step, &taps, C, padded, bias ? bias + t * K : 0,
-                    y + t * g->rows * y_step + (p * g->out_width + q) * K, y_step, g->rows, K
-                );
             }
     }
     taps_done(&taps);
@@ -220,10 +239,12 @@ static int convolution_part(
 
 /* I(gradient, w): what the gradient of the output sends to the input. */
 static int convolution_input_part(
-    const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last
+    const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last, whole row, whole
+    last_row
 ) {
     whole C = g->in_channels, K = g->out_channels, padded = over(C, LANES) * LANES, taps_all = g->height * g->width;
     whole x_step = g->in_height * g->in_width * C, y_step = g->out_height * g->out_width * K;
+    whole parts = parts_of(K, taps_all);
     Taps taps = {0};
     REAL *packed = calloc((size_t)(taps_all * K * padded), sizeof(REAL));
     if (!taps_for(&taps, g) || !packed) {
@@ -236,27 +257,31 @@ static int convolution_input_part(
         for (whole i = 0; i < g->height; i++)
             for (whole j = 0; j < g->width; j++) {
                 const REAL *tap = w + i * g->height_step + j * g->width_step;
-                REAL *to = packed + (i * g->width + j) * K * padded;
-                for (whole k = 0; k < K; k++)
-                    for (whole c = 0; c < C; c++) to[k * padded + c] = tap[k * g->out_step + c * g->in_step];
+                packed_rows(tap, g->out_step, g->in_step, K, C, packed + (i * g->width + j) * K * padded, padded);
             }
-        for (whole h = 0; h < g->in_height; h++)
-            for (whole l = 0; l < g->in_width; l++) {
-                taps.count = 0;
-                for (whole i = 0; i < g->height; i++) {
-                    whole p = h + g->padding_height - i * g->dilation_height;
-                    if (p < 0 || p % g->stride_height || p / g->stride_height >= g->out_height) continue;
-                    for (whole j = 0; j < g->width; j++) {
-                        whole q = l + g->padding_width - j * g->dilation_width;
-                        if (q < 0 || q % g->stride_width || q / g->stride_width >= g->out_width) continue;
-                        taps.place[taps.count] = (p / g->stride_height * g->out_width + q / g->stride_width) * K;
-                        taps.weight[taps.count++] = packed + (i * g->width + j) * K * padded;
+        for (whole column = 0; column < C; column += WIDE * LANES)
+            for (whole part = 0; part < parts; part++) {
+                whole k = K * part / parts, depth = K * (part + 1) / parts - k;
+                for (whole h = 0; h < g->in_height; h++)
+                    for (whole l = 0; l < g->in_width; l++) {
+                        taps.count = 0;
+                        for (whole i = 0; i < g->height; i++) {
+                            whole p = h + g->padding_height - i * g->dilation_height;
+                            if (p < 0 || p % g->stride_height || p / g->stride_height >= g->out_height) continue;
+                            for (whole j = 0; j < g->width; j++) {
+                                whole q = l + g->padding_width - j * g->dilation_width;
+                                if (q < 0 || q % g->stride_width || q / g->stride_width >= g->out_width) continue;
+                                whole at = p / g->stride_height * g->out_width + q / g->stride_width;
+                                taps.place[taps.count] = at * K + k;
+                                taps.weight[taps.count++] = packed + ((i * g->width + j) * K + k) * padded + column;
+                            }
+                        }
+                        gather(
+                            gradient + (t * g->rows + row) * y_step, y_step, &taps, depth, padded, 0,
+                            x + (t * g->rows + row) * x_step + (h * g->in_width + l) * C + column, x_step,
+                            last_row - row, least(C - column, WIDE * LANES), part > 0
+                        );
                     }
-                }
-                gather(
-                    gradient + t * g->rows * y_step, y_step, &taps, K, padded, 0,
-                    x + t * g->rows * x_step + (h * g->in_width + l) * C, x_step, g->rows, C
-                );
             }
     }
     taps_done(&taps);
@@ -320,10 +345,12 @@ static void outer(
 
 /* W(x, gradient): [T, height, width, C, K] densely, what the gradient of the output sends to the weight. */
 static int convolution_weight_part(
-    const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last
+    const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last, whole channel,
+    whole last_channel
 ) {
     whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
     whole columns = over(K, LANES) * LANES, taps = g->height * g->width;
+    if (channel >= last_channel) return 0;
     whole x_step = g->in_height * g->in_width * C, y_step = P * Q * K;
     /* Few channels (an image's) fill no tile: with zeros around the image, the taps of one line are so many more. */
     int framed = C < TALL && g->dilation_width == 1;
@@ -338,13 +365,14 @@ static int convolution_weight_part(
         free(wide_weight);
         return 1;
     }
-    whole line_bytes = Q * columns * (whole)sizeof(REAL);
+    whole line_bytes = Q * least(columns, WIDE * LANES) * (whole)sizeof(REAL); /* of what a tile reads */
     whole p_block = most(1, least(P, NEAR_BYTES / line_bytes));
     whole row_block = p_block < P ? 1 : most(1, NEAR_BYTES / (P * line_bytes));
     for (whole t = first; t < last; t++) {
         const REAL *source = x + t * B * x_step, *other = gradient + t * B * y_step;
         REAL *to = wide_weight ? wide_weight : weight + t * taps * C * K;
-        memset(to, 0, (size_t)(taps * C * columns) * sizeof(REAL));
+        for (whole tap = 0; tap < taps; tap++)
+            memset(to + (tap * C + channel) * columns, 0, (size_t)((last_channel - channel) * columns) * sizeof(REAL));
         if (wide_gradient) {
             for (whole n = 0; n < B * P * Q; n++)
                 memcpy(wide_gradient + n * columns, other + n * K, (size_t)K * sizeof(REAL));
@@ -383,13 +411,15 @@ static int convolution_weight_part(
                         seen.last_q = least(Q, along >= width ? 0 : (width - 1 - along) / g->stride_width + 1);
                         if (seen.p >= seen.last_p || seen.q >= seen.last_q) continue;
                         outer(
-                            source + (up * width + along) * C, other, &seen, to + (i * g->width + j) * C * columns,
-                            framed ? g->width * C : C, columns
+                            source + (up * width + along) * C + channel, other, &seen,
+                            to + ((i * g->width + j) * C + channel) * columns,
+                            framed ? g->width * C : last_channel - channel, columns
                         );
                     }
         if (wide_weight)
-            for (whole n = 0; n < taps * C; n++)
-                memcpy(weight + (t * taps * C + n) * K, wide_weight + n * columns, (size_t)K * sizeof(REAL));
+            for (whole tap = 0; tap < taps; tap++)
+                for (whole n = tap * C + channel; n < tap * C + last_channel; n++)
+                    memcpy(weight + (t * taps * C + n) * K, wide_weight + n * columns, (size_t)K * sizeof(REAL));
     }
     free(frame);
     free(wide_gradient);
@@ -410,12 +440,12 @@ INLINE Vector gated(Vector value, Vector y) {
 
 #define UNROLL _Pragma("GCC unroll 8")
 /* WIDE vectors of channels at a time, then one, then what is left of one: CALL(wide, column, count of lanes). */
-#define OVER_CHANNELS(channels, CALL) \
+#define OVER_CHANNELS(CALL) \
     do { \
-        whole column = 0; \
-        for (; column + WIDE * LANES <= (channels); column += WIDE * LANES) CALL(WIDE, column, LANES); \
-        for (; column + LANES <= (channels); column += LANES) CALL(1, column, LANES); \
-        if (column < (channels)) CALL(1, column, (channels) - column); \
+        whole column = channel; \
+        for (; column + WIDE * LANES <= last_channel; column += WIDE * LANES) CALL(WIDE, column, LANES); \
+        for (; column + LANES <= last_channel; column += LANES) CALL(1, column, LANES); \
+        if (column < last_channel) CALL(1, column, last_channel - column); \
     } while (0)
 
 /* The values of some channels that a batch norm is made of. */
@@ -491,7 +521,7 @@ INLINE void normalise_some(
 /* y = w s (x - mean) + b of n values a channel each, or max(y, 0) with `rectify`; mean; and scale, which is s. */
 static int normalise_part(
     const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale, whole n, whole channels,
-    double eps, int rectify, whole first, whole last
+    double eps, int rectify, whole first, whole last, whole channel, whole last_channel
 ) {
     for (whole t = first; t < last; t++) {
         whole all = t * n * channels;
@@ -501,7 +531,7 @@ static int normalise_part(
         bias ? bias + t * channels + column : 0, y + all + column, mean + t * channels + column, \
         scale + t * channels + column, n, channels, eps, rectify \
     )
-        OVER_CHANNELS(channels, CALL);
+        OVER_CHANNELS(CALL);
 #undef CALL
     }
     return 0;
@@ -566,7 +596,8 @@ INLINE void normalise_backward_some(
 /* What the gradient of y sends to x, and by channel to the weight (products) and the bias (totals). */
 static int normalise_backward_part(
     const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale,
-    REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify, whole first, whole last
+    REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify, whole first, whole last, whole
+    channel, whole last_channel
 ) {
     for (whole t = first; t < last; t++) {
         whole all = t * n * channels;
@@ -576,7 +607,7 @@ static int normalise_backward_part(
         bias ? bias + t * channels + column : 0, mean + t * channels + column, scale + t * channels + column, \
         to_x + all + column, products + t * channels + column, totals + t * channels + column, n, channels, rectify \
     )
-        OVER_CHANNELS(channels, CALL);
+        OVER_CHANNELS(CALL);
 #undef CALL
     }
     return 0;
@@ -653,9 +684,10 @@ INLINE void normalise_second_backward_some(
 /* What the adjoints of `normalise_backward`'s results send to the gradient, to x and to the weight. Adjoints that are
  * not there (null) are zero. */
 static int normalise_second_backward_part(
-    const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient, const REAL *x,
-    const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products, const REAL *totals,
-    REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify, whole first, whole last
+    const REAL *adjoint, const REAL *to_products, const REAL *to_totals, const REAL *gradient, const REAL *x, const
+    REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products, const REAL *totals,
+    REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify, whole first, whole last,
+    whole channel, whole last_channel
 ) {
     for (whole t = first; t < last; t++) {
         whole all = t * n * channels;
@@ -666,7 +698,7 @@ static int normalise_second_backward_part(
         x + all + column, AT(weight), AT(bias), AT(mean), AT(scale), AT(products), AT(totals), \
         to_gradient + all + column, to_x + all + column, AT(to_weight), n, channels, rectify \
     )
-        OVER_CHANNELS(channels, CALL);
+        OVER_CHANNELS(CALL);
 #undef CALL
 #undef AT
     }
@@ -694,11 +726,13 @@ INLINE void channel_sums_some(int wide, whole count, const REAL *x, REAL *sums, 
 }
 
 /* The sums of n values a channel each. */
-static int channel_sums_part(const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last) {
+static int channel_sums_part(
+    const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last, whole channel, whole last_channel
+) {
     for (whole t = first; t < last; t++) {
 #define CALL(wide, column, count) \
     channel_sums_some(wide, count, x + t * n * channels + column, sums + t * channels + column, n, channels)
-        OVER_CHANNELS(channels, CALL);
+        OVER_CHANNELS(CALL);
 #undef CALL
     }
     return 0;
@@ -706,44 +740,46 @@ static int channel_sums_part(const REAL *x, REAL *sums, whole n, whole channels,
 
 /* The kernels ---------------------------------------------------------------------------------------------------- */
 
-/* For all tasks, by so many threads: a task's sums do not depend on how many. They return 0, or 1 where there is no
- * memory. */
-
-#define OVER_TASKS(part_of) \
+/* For all tasks, by so many threads: no sum depends on how many. They return 0, or 1 where there is no memory.
+ * Each thread has some of the tasks; where they are fewer than the threads, some of the rows or channels of all. */
+#define SHARE(size, step, all) \
+    (all) ? 0 : least(size, over(size, step) * part / threads * (step)), \
+        (all) ? (size) : least(size, over(size, step) * (part + 1) / threads * (step))
+#define SPLIT(size, step) SHARE(tasks, 1, tasks < threads), SHARE(size, step, tasks >= threads)
+#define BY_THREADS(part_of) \
     int failed = 0; \
     _Pragma("omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)") \
     for (int part = 0; part < threads; part++) failed |= part_of; \
     return failed;
-#define FIRST (tasks * part / threads)
-#define LAST (tasks * (part + 1) / threads)
 
 int convolution(
     const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole tasks, int threads
 ) {
-    OVER_TASKS(convolution_part(x, weight, bias, y, g, FIRST, LAST))
+    BY_THREADS(convolution_part(x, weight, bias, y, g, SPLIT(g->rows, 1)))
 }
 
 int convolution_input(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole tasks, int threads) {
-    OVER_TASKS(convolution_input_part(gradient, weight, x, g, FIRST, LAST))
+    BY_THREADS(convolution_input_part(gradient, weight, x, g, SPLIT(g->rows, 1)))
 }
 
 int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole tasks, int threads) {
-    OVER_TASKS(convolution_weight_part(x, gradient, weight, g, FIRST, LAST))
+    whole step = g->in_channels < TALL ? TALL : 1; /* those of an image go together */
+    BY_THREADS(convolution_weight_part(x, gradient, weight, g, SPLIT(g->in_channels, step)))
 }
 
 int normalise(
     const REAL *x, const REAL *weight, const REAL *bias, REAL *y, REAL *mean, REAL *scale, whole n, whole channels,
     double eps, int rectify, whole tasks, int threads
 ) {
-    OVER_TASKS(normalise_part(x, weight, bias, y, mean, scale, n, channels, eps, rectify, FIRST, LAST))
+    BY_THREADS(normalise_part(x, weight, bias, y, mean, scale, n, channels, eps, rectify, SPLIT(channels, LANES)))
 }
 
 int normalise_backward(
     const REAL *gradient, const REAL *x, const REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale,
     REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify, whole tasks, int threads
 ) {
-    OVER_TASKS(normalise_backward_part(
-        gradient, x, weight, bias, mean, scale, to_x, products, totals, n, channels, rectify, FIRST, LAST
+    BY_THREADS(normalise_backward_part(
+        gradient, x, weight, bias, mean, scale, to_x, products, totals, n, channels, rectify, SPLIT(channels, LANES)
     ))
 }
 
@@ -752,12 +788,12 @@ int normalise_second_backward(
     REAL *weight, const REAL *bias, const REAL *mean, const REAL *scale, const REAL *products, const REAL *totals,
     REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify, whole tasks, int threads
 ) {
-    OVER_TASKS(normalise_second_backward_part(
+    BY_THREADS(normalise_second_backward_part(
         adjoint, to_products, to_totals, gradient, x, weight, bias, mean, scale, products, totals, to_gradient, to_x,
-        to_weight, n, channels, rectify, FIRST, LAST
+        to_weight, n, channels, rectify, SPLIT(channels, LANES)
     ))
 }
 
 int channel_sums(const REAL *x, REAL *sums, whole n, whole channels, whole tasks, int threads) {
-    OVER_TASKS(channel_sums_part(x, sums, n, channels, FIRST, LAST))
+    BY_THREADS(channel_sums_part(x, sums, n, channels, SPLIT(channels, LANES)))
 }
