@@ -106,8 +106,8 @@ _TABLE = (
         inner_steps=5,
         inner_rate=0.4,
         quick_tasks=8,
-        # vmap's own rules find 2 of the first 32 training tasks at a kink, torch's kernels 2 others, and those of our own 1:
-        # off by up to 2e-3, where the rest is off by 1e-6 to 6e-5 in each of the three ways.
+        # vmap's own rules find 2 of the first 32 training tasks at a kink, torch's kernels 2 others, those of our own
+        # 1: off by up to 2e-3, where the rest is off by 1e-6 to 6e-5 in each of the three ways.
         tolerance=3e-3,
     ),
     Workload(
