@@ -20,7 +20,7 @@ from raymeta.build.running import (
     make_trainer,
     read_initial_checkpoint,
     settled,
-    with_kernels_of,
+    settled_as,
     worker_parts,
 )
 from raymeta.build.sources import describe_source, evaluation_changes, make_evaluation_source, make_source
@@ -46,8 +46,8 @@ __all__ = [
     "make_trainer",
     "read_initial_checkpoint",
     "settled",
+    "settled_as",
     "trained",
     "with_fits",
-    "with_kernels_of",
     "worker_parts",
 ]

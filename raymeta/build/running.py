@@ -87,12 +87,15 @@ def make_pool(config: Config) -> WorkerPool:
     )
 
 
-def with_kernels_of(config: Config, before: Mapping[str, Any]) -> Config:
-    """`config` for going on with a run whose resolved configuration is `before`: the rule's word is that run's.
+def settled_as(config: Config, before: Mapping[str, Any]) -> Config:
+    """`config` for going on with a run whose resolved configuration is `before`: what was left to a rule is as the rule
+    said then.
 
     Raises:
         InputError: the run had a compiler, and this machine has none.
     """
+    if config.chunk_tasks is None:
+        config = dataclasses.replace(config, chunk_tasks=before["algorithm"]["chunk_tasks"])
     kernels = before["algorithm"].get("kernels")
     if config.algorithm.arguments.get("kernels") not in ("auto", kernels) or kernels is None:
         return config
@@ -102,22 +105,25 @@ def with_kernels_of(config: Config, before: Mapping[str, Any]) -> Config:
             "on with others: install one (gcc or clang), or start a new run with initial_checkpoint to begin from its "
             "weights"
         )
-    arguments = {**config.algorithm.arguments, "kernels": kernels}
-    return dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, arguments=arguments))
+    return _with_kernels(config, kernels)
 
 
 def settled(config: Config, parts: WorkerParts, params: Params, pool: WorkerPool) -> Config:
     """`config` with what was left to a rule: the kernels, as the workers say; and the size of chunks, which the pool is
     told."""
-    report, algorithm = pool.reports[0], config.algorithm
-    if algorithm.arguments.get("kernels") == "auto" and report.kernels:
-        arguments = {**algorithm.arguments, "kernels": report.kernels}
-        config = dataclasses.replace(config, algorithm=dataclasses.replace(algorithm, arguments=arguments))
+    report = pool.reports[0]
+    if config.algorithm.arguments.get("kernels") == "auto" and report.kernels:
+        config = _with_kernels(config, report.kernels)
     if config.chunk_tasks is not None:
         return config
     size = chunk_tasks(parts, params, config.outer.tasks_per_step, report.device)
     pool.settle_chunks(size)
     return dataclasses.replace(config, chunk_tasks=size)
+
+
+def _with_kernels(config: Config, kernels: str) -> Config:
+    arguments = {**config.algorithm.arguments, "kernels": kernels}
+    return dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, arguments=arguments))
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:

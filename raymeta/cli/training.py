@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +91,7 @@ def _config_and_directory(arguments: Sequence[str], run_dir: str | None, resume:
     directory = RunDirectory(build.lasting_run_dir(place))
     if resume and directory.has_config() and directory.steps():
         before = directory.read_config()
-        if config.chunk_tasks is None:  # by rule, and the rule's word is that run's
-            config = replace(config, chunk_tasks=before["algorithm"]["chunk_tasks"])
-        config = build.with_kernels_of(config, before)
+        config = build.settled_as(config, before)
         require_resumable(before, config.resolved(), str(directory))
     return config, directory
 

@@ -86,7 +86,7 @@ def run_trial(
     config = load_config(run, [*settings_overrides(settings), *settings_overrides({"initial_checkpoint": initial})])
     directory = RunDirectory(folder)
     if resumes:
-        config = build.with_kernels_of(config, directory.read_config())
+        config = build.settled_as(config, directory.read_config())
     parts = build.check(config)
     directory.create(resume=resumes)
     with directory, build.make_pool(config) as pool:
