@@ -43,17 +43,19 @@ def written_out(learner: MemoryAugmentedNetwork, params: Any, x: Tensor, y: Tens
             heads, 2 * size + 2
         )
         order = sorted(range(slots), key=lambda slot: (float(usage[slot]), slot))[:heads]
-        next_memory, weights = memory.clone(), zeros(heads, slots)
-        for slot in order:
+        next_memory, weights, query = memory.clone(), zeros(heads, slots), row == len(x) - 1
+        for slot in [] if query else order:
             next_memory[slot] = 0
         for head in range(heads):
             gate = torch.sigmoid(found[head, -2])
             weights[head] = gate * read_weights[head]
-            weights[head, order[head]] += 1 - gate
+            if not query:
+                weights[head, order[head]] += 1 - gate
             for slot in range(slots):
                 addition = torch.tanh(found[head, size : 2 * size])
                 next_memory[slot] = next_memory[slot] + gate * read_weights[head, slot] * addition
-            next_memory[order[head]] += (1 - gate) * torch.tanh(found[head, :size])
+            if not query:
+                next_memory[order[head]] += (1 - gate) * torch.tanh(found[head, :size])
         memory, parts = next_memory, []
         next_read = zeros(heads, slots)
         for head in range(heads):
