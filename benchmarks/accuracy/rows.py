@@ -29,6 +29,16 @@ WITHOUT_GENERATED = "algorithm.generated=0"
 VARIANTS = {
     "omniglot-5w1s-maml-longer": ("omniglot-5w1s-maml", ["outer.steps=9000", "evaluation.every_steps=2250"]),
     "omniglot-5w1s-r2d2-longer": ("omniglot-5w1s-r2d2", ["outer.steps=3500", "evaluation.every_steps=875"]),
+    "omniglot-5w1s-anil-longer": ("omniglot-5w1s-anil", ["outer.steps=7000", "evaluation.every_steps=1750"]),
+    "omniglot-5w1s-first-order-maml-longer": (
+        "omniglot-5w1s-first-order-maml",
+        ["outer.steps=8000", "evaluation.every_steps=2000"],
+    ),
+    "omniglot-5w1s-maml-plus-plus-longer": (
+        "omniglot-5w1s-maml-plus-plus",
+        ["outer.steps=6000", "evaluation.every_steps=1500"],
+    ),
+    "omniglot-5w1s-meta-sgd-longer": ("omniglot-5w1s-meta-sgd", ["outer.steps=9000", "evaluation.every_steps=2250"]),
     "omniglot-5w1s-maml-bfloat16": ("omniglot-5w1s-maml", ["algorithm.precision=bfloat16"]),
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from raymeta.algorithms.in_place import write_in_place
-from raymeta.ops.native import operators
+from raymeta.ops.native.layers import DIRECT
 
 _aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ _SHORT: dict[Any, Callable[..., Any]] = {
     _aten.native_batch_norm.default: torch.native_batch_norm,
     _aten.zeros_like.default: torch.zeros_like,
     _aten.ones_like.default: torch.ones_like,
-    **operators.DIRECT,
+    **DIRECT,
 }
 
 

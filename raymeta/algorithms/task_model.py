@@ -34,7 +34,7 @@ Batching = Literal["vmap", "loop"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 Kernels = Literal["auto", "native", "task", "general"]
 # The layers of torch for which there are kernels of our own, and which are worth building them for.
-NATIVE_LAYERS = (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, StatedBatchNorm)
+NATIVE_LAYERS = (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, StatedBatchNorm, nn.LayerNorm)
 
 
 # Said of a model whose forward pass draws where no key reaches.

@@ -146,6 +146,24 @@ def _after_batch_norm(before: _Normalised, input: Tensor, inplace: bool = False)
     return layers.normalised(x, weight, bias, eps, True)
 
 
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _native_layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    shape = input.shape[input.dim() - len(normalized_shape) :]
+    alike = all(value is None or value.shape == shape for value in (weight, bias)) and input.numel()
+    if shape != tuple(normalized_shape) or not alike or torch.is_autocast_enabled("cpu"):  # torch says what is wrong
+        return _layer_norm(input, normalized_shape, weight, bias, eps)
+    if not _real(input, weight, bias):
+        return _layer_norm(input, normalized_shape, weight, bias, eps)
+    return layers.layer_norm(input, shape.numel(), weight, bias, eps)
+
+
 def _native_max_pool2d(
     input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
     return_indices: bool = False,
@@ -208,6 +226,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
     F.relu: _relu,
     torch.relu: _relu,
     Tensor.relu: _relu,
@@ -220,6 +239,7 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
 _NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     _conv2d: _native_conv2d,
     _batch_norm: _native_batch_norm,
+    _layer_norm: _native_layer_norm,
     _max_pool2d: _native_max_pool2d,
 }
 # Inside the user's own transformations too: what a kernel made may come in there.

@@ -20,7 +20,7 @@ from torch.func import vmap
 
 from raymeta.algorithms.task_model import TaskModel, chosen_kernels
 from raymeta.errors import InputError
-from raymeta.ops.native import library, operators
+from raymeta.ops.native import calls, library, operators
 from raymeta.ops.task_kernels import TaskKernels
 from tests.ops.conftest import nodes
 
@@ -96,6 +96,25 @@ def test_batch_norms_are_torchs(n: int, channels: int, rectify: bool, dtype: tor
     close(torch.ops.raymeta.channel_sums(x), wide.sum(1), 4)
 
 
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 2), (5, 15), (31, 16), (33, 17), (64, 64), (7, 131), (2, 2100)])
+def test_layer_norms_are_torchs(rows: int, size: int, dtype: torch.dtype) -> None:
+    """Forward and backward, of two tasks, far from 0, against torch's for each task in float64."""
+    draw = torch.Generator().manual_seed(3)
+    x = (torch.randn(2, rows, size, generator=draw) + 30).to(dtype)
+    weight, bias = (torch.randn(2, size, generator=draw).to(dtype) for _ in range(2))
+    y, mean, scale = torch.ops.raymeta.layer_norm(x, weight, bias, 1e-2)
+    wide = [value.double().requires_grad_() for value in (x, weight, bias)]
+    close(mean, wide[0].mean(2), 64)
+    close(scale, (wide[0].var(2, correction=0) + 1e-2).rsqrt(), 1000)
+    expected = torch.stack([F.layer_norm(one, (size,), w, b, 1e-2) for one, w, b in zip(*wide, strict=True)])
+    close(y, expected.detach(), 3000)
+    gradient = torch.randn(x.shape, generator=draw).to(dtype)
+    found = torch.ops.raymeta.layer_norm_backward(gradient, x, weight, mean, scale)
+    for each, right in zip(found, torch.autograd.grad(expected, wide, gradient.double()), strict=True):
+        close(each, right, 10_000)
+
+
 def under_vmap(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     with TaskKernels(native=True):
         return vmap(function)(*inputs)
@@ -131,14 +150,57 @@ def test_finite_differences_of_batch_norms(shape: tuple[int, ...], rectify: bool
     assert gradgradcheck(function, inputs)
 
 
-def test_a_third_derivative_of_a_batch_norm_is_refused_and_of_a_convolution_right() -> None:
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 1), (2, 2, 3), (5,)], ids=str)
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "none"])
+def test_finite_differences_of_layer_norms(shape: tuple[int, ...], last: int, affine: str) -> None:
+    last = min(last, len(shape))
+    draw = torch.Generator().manual_seed(1)
+    sizes = [shape, *[shape[-last:]] * (affine.count("weight") + affine.count("bias"))]
+    inputs = [torch.randn(2, *size, generator=draw).double().requires_grad_() for size in sizes]
+
+    def layer(x: Tensor, *of_places: Tensor) -> Tensor:
+        named = dict(zip(affine.split(" and "), of_places, strict=False))
+        return F.layer_norm(x, shape[-last:], named.get("weight"), named.get("bias"), 1e-2)
+
+    def function(*inputs: Tensor) -> Tensor:
+        y = under_vmap(layer, *inputs)
+        assert "_LayerNormBackward" in nodes(y)
+        torch.testing.assert_close(y, vmap(layer)(*inputs))
+        return y
+
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+def test_a_layer_norm_of_long_rows_has_torchs_second_derivative() -> None:
+    """In float64: rows of more than one run of vectors, with what is left of one, and more rows than a run."""
+    draw = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(2, *size, generator=draw).double() for size in ((40, 300), (300,), (300,))]
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (300,), weight, bias).sin()
+
+    found, expected = (
+        derivatives(make, [value.clone().requires_grad_() for value in inputs])
+        for make in (functools.partial(under_vmap, layer), vmap(layer))
+    )
+    for each, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda x: F.batch_norm(x, None, None, training=True), lambda x: F.layer_norm(x, (2,))], ids=["B", "L"]
+)
+def test_a_third_derivative_of_a_norm_is_refused(layer: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(1, 4, 2).double().requires_grad_()
-    y = under_vmap(lambda x: F.batch_norm(x, None, None, training=True), x)
-    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(under_vmap(layer, x).pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"algorithm\.kernels=general"):
         torch.autograd.grad(second.sum(), x)
 
+
+def test_a_third_derivative_of_a_convolution() -> None:
     def gradient(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         cube = under_vmap(F.conv2d, x, weight).pow(3).sum()
         return torch.autograd.grad(cube, (x, weight), create_graph=True)
@@ -155,11 +217,17 @@ def problem() -> list[Tensor]:
 
 def block(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     y = F.conv2d(x, weight, bias, padding=1, stride=2)
-    return F.relu(F.batch_norm(y, None, None, scale, shift, training=True))
+    y = F.relu(F.batch_norm(y, None, None, scale, shift, training=True))
+    return F.layer_norm(y, y.shape[2:], y[0, 0] + 2)
 
 
 def second_derivatives(inputs: list[Tensor]) -> list[Tensor]:
-    value = under_vmap(block, *inputs)
+    return derivatives(functools.partial(under_vmap, block), inputs)
+
+
+def derivatives(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The value, the first derivatives of a sum, and those of a sum of them."""
+    value = function(*inputs)
     first = torch.autograd.grad(value.square().sum(), inputs, create_graph=True)
     functional = torch.stack([each.square().sum() for each in first]).sum()
     return [value, *first, *torch.autograd.grad(functional, inputs)]
@@ -168,7 +236,7 @@ def second_derivatives(inputs: list[Tensor]) -> list[Tensor]:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The number of threads may be changed, and counts for small tensors, too."""
-    monkeypatch.setattr(operators, "THREADED_FROM", 0)
+    monkeypatch.setattr(calls, "THREADED_FROM", 0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -279,6 +347,8 @@ def test_what_is_no_number_is_passed_on() -> None:
         (lambda x, weight: F.conv2d(x, weight, stride=0), [(2, 4, 7, 6), (5, 4, 3, 3)]),
         (lambda x, weight: F.conv2d(x, weight, padding=-1), [(2, 4, 7, 6), (5, 4, 3, 3)]),
         (lambda x, weight: F.batch_norm(x, None, None, weight, training=True), [(2, 4, 7, 6), (3,)]),
+        (lambda x, weight: F.layer_norm(x, (6,), weight), [(2, 4, 6), (4,)]),
+        (lambda x: F.layer_norm(x, (5,)), [(2, 4, 6)]),
     ],
 )
 def test_impossible_arguments_are_refused_as_torch_does(function: Any, shapes: list[tuple[int, ...]]) -> None:
@@ -307,11 +377,14 @@ def test_operations_refuse_shapes_that_do_not_go_together() -> None:
         torch.ops.raymeta.convolution_weight(x, y[..., :0], (3, 6), *where)
     with pytest.raises(ValueError, match="of shapes"):
         torch.ops.raymeta.normalise_backward(y, x, None, None, torch.ones(2, 4), torch.ones(2, 4), False)
+    with pytest.raises(ValueError, match="of shapes"):
+        torch.ops.raymeta.layer_norm(x[..., 0, 0], torch.ones(2, 5), None, 1e-5)
 
 
 def operations() -> dict[str, tuple[Any, ...]]:
     x, weight, y = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 6, 4, 3, 3), torch.randn(2, 3, 6, 3, 3)
     where, c = ((1, 1), (0, 0), (1, 1)), torch.rand(2, 4)
+    rows, of_rows = torch.randn(2, 3, 4), torch.rand(2, 3)
     return {
         "convolution": (x, weight, None, *where),
         "convolution_input": (y, weight, (5, 5), *where),
@@ -320,6 +393,9 @@ def operations() -> dict[str, tuple[Any, ...]]:
         "normalise_backward": (x, x, c, c, c, c, True),
         "normalise_second_backward": (x, c, None, x, x, c, c, c, c, c, c, True),
         "channel_sums": (x,),
+        "layer_norm": (rows, c, None, 1e-5),
+        "layer_norm_backward": (rows, rows, c, of_rows, of_rows),
+        "layer_norm_second_backward": (rows, None, c, rows, rows, c, of_rows, of_rows),
     }
 
 
@@ -382,7 +458,8 @@ def test_a_cache_that_is_not_this_users_alone_is_not_used(fresh: Path, monkeypat
 
 def test_the_rule() -> None:
     small, image = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
-    assert [chosen_kernels("auto", module) for module in (small, image)] == ["task", "native"]
+    modules = small, image, nn.TransformerEncoderLayer(2, 1)
+    assert [chosen_kernels("auto", module) for module in modules] == ["task", "native", "native"]
     assert chosen_kernels("auto", image.to("meta")) == "task"
     for kernels in ("native", "task", "general"):
         assert chosen_kernels(kernels, small) == kernels

@@ -1,4 +1,5 @@
-"""Kernels of our own for a CPU, in C, built where they run: `task_kernels.c`.
+"""Kernels of our own for a CPU, in C, built where they run.
 
-`library` builds and loads them, `operators` calls them as operations of torch, `layers` makes them differentiable.
+`library` builds and loads them, `calls` calls them and makes operations of torch of them, `operators` and `layer_norm`
+have these, `layers` makes them differentiable.
 """

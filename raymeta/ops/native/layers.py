@@ -1,4 +1,5 @@
-"""Convolution, and batch normalisation with a ReLU behind it, by the kernels of our own; differentiable twice.
+"""Convolution, batch normalisation with a ReLU behind it, and layer normalisation, by the kernels of our own;
+differentiable twice.
 
 The functions are called under `torch.func.vmap` over tasks, and what they make has an explicit task dimension, in which
 autograd then works: [T, B, C, H, W] with the channels last in memory, one task after the other. (torch's kernels want
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from raymeta.ops.folding import rows_in, rows_out
-from raymeta.ops.native import operators
+from raymeta.ops.native import calls, operators
+from raymeta.ops.native.layer_norm import layer_normalised
 from raymeta.ops.pooling import Window, max_pooled
 
 _ops = torch.ops.raymeta
+# What operations call, now that all are there.
+DIRECT = calls.DIRECT
 Pair = tuple[int, int]
 
 
@@ -54,6 +58,11 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> bool
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:
     """Under vmap, the batch norm of x [B, C, ...] by the statistics of its own rows, and max(., 0) with `rectify`."""
     return _over_tasks(_normalised, x, weight, bias, eps, rectify)
+
+
+def layer_norm(x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Under vmap, the layer norm of x over its last dimensions, which have `size` numbers, as weight and bias have."""
+    return _over_tasks(_layer_norm, x, size, weight, bias, eps)
 
 
 def pooled(x: Tensor, window: Window) -> Tensor:
@@ -250,6 +259,12 @@ class _NormaliseSecondBackward(torch.autograd.Function):
         raise NotImplementedError(
             "the batch norm of raymeta.ops.native has no third derivative; set algorithm.kernels=general"
         )
+
+
+def _layer_norm(tasks: int, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    x = _for_each(x, tasks)
+    weight, bias = (None if each is None else _for_each(each, tasks).reshape(tasks, size) for each in (weight, bias))
+    return layer_normalised(x.reshape(tasks, -1, size), weight, bias, eps).view(x.shape)
 
 
 def _pooled(tasks: int, x: Tensor, window: Window) -> Tensor:

@@ -25,7 +25,8 @@ from raymeta.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SOURCE = "task_kernels.c"
+SOURCES = ("convolution.c", "batch_norm.c", "layer_norm.c")
+HEADER = "vectors.h"
 # The processor's own instructions first; not every compiler knows a name for them, or OpenMP. (torch has loaded its
 # OpenMP already, and with it the threads: one of the same name is not loaded again.)
 _FLAGS = tuple(
@@ -74,24 +75,34 @@ def _compiler() -> list[str] | None:
 
 
 def _built(compiler: list[str], real: str) -> Path:
-    source = resources.files(__package__).joinpath(SOURCE).read_bytes()
+    folder = resources.files(__package__)
+    sources = {name: folder.joinpath(name).read_bytes() for name in (*SOURCES, HEADER)}
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_SECONDS).stdout
     flags = repr((real, _COMMON, _FLAGS))
-    parts = [source, version, shlex.join(compiler).encode(), _processor(), sys.platform.encode(), flags.encode()]
+    parts = [
+        *sources.values(),
+        version,
+        shlex.join(compiler).encode(),
+        _processor(),
+        sys.platform.encode(),
+        flags.encode(),
+    ]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     built = _cache() / f"task_kernels-{real}-{name}.so"
     if not built.exists():
-        _build(compiler, source, real, built)
+        _build(compiler, sources, real, built)
     return built
 
 
-def _build(compiler: list[str], source: bytes, real: str, built: Path) -> None:
+def _build(compiler: list[str], sources: dict[str, bytes], real: str, built: Path) -> None:
     # Under a name of its own, and then moved: several workers may build at once, and none may load half a file.
     with tempfile.TemporaryDirectory(dir=built.parent, prefix="building-") as folder:
-        path, result = Path(folder, SOURCE), Path(folder, built.name)
-        path.write_bytes(source)
+        result = Path(folder, built.name)
+        for name, text in sources.items():
+            Path(folder, name).write_bytes(text)
+        paths = [os.fspath(Path(folder, name)) for name in SOURCES]
         for flags in _FLAGS:
-            command = [*compiler, *_COMMON, *flags, f"-DREAL={real}", "-o", os.fspath(result), os.fspath(path), "-lm"]
+            command = [*compiler, *_COMMON, *flags, f"-DREAL={real}", "-o", os.fspath(result), *paths, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
             if done.returncode == 0:
                 result.replace(built)

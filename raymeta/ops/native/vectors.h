@@ -1,0 +1,82 @@
+/* What the kernels share: sizes, vectors, and how the work is shared out among threads.
+ *
+ * Legend of all files: T tasks, B rows, H x W positions of the input, P x Q of the output, C channels of the input, K of
+ * the output. Activations lie densely as [T, B, H, W, C] and [T, B, P, Q, K], weights in any layout. `first` to `last`
+ * are one thread's tasks. A sum has one fixed order, whatever they are.
+ *
+ * Built once for each type, REAL. Vectors are those of GCC and Clang, as wide as the processor's.
+ */
+#ifndef VECTORS_H
+#define VECTORS_H
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* So many vectors side by side, each with sums of its own, stay in registers. */
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define WIDE 4
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#define WIDE 2
+#else
+#define VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define WIDE 4
+#else
+#define WIDE 2
+#endif
+#endif
+
+/* So many values are added in the type itself, one after the other, before they go to a sum in double. */
+#define RUN 32
+
+typedef int64_t whole;
+
+static inline whole least(whole a, whole b) { return a < b ? a : b; }
+static inline whole most(whole a, whole b) { return a > b ? a : b; }
+static inline whole over(whole a, whole b) { return (a + b - 1) / b; }
+
+#define INLINE static inline __attribute__((always_inline))
+
+#define LANES ((whole)(VECTOR_BYTES / sizeof(REAL)))
+
+typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL))));
+
+/* The first `count` lanes, zeros beyond. */
+INLINE Vector load(const REAL *from, whole count) {
+    if (count >= LANES) return *(const Vector *)from;
+    Vector value = {0};
+    memcpy(&value, from, (size_t)count * sizeof(REAL));
+    return value;
+}
+
+INLINE void store(REAL *to, Vector value, whole count) {
+    if (count >= LANES) *(Vector *)to = value;
+    else memcpy(to, &value, (size_t)count * sizeof(REAL));
+}
+
+#define UNROLL _Pragma("GCC unroll 8")
+/* WIDE vectors of channels at a time, then one, then what is left of one: CALL(wide, column, count of lanes). */
+#define OVER_CHANNELS(CALL) \
+    do { \
+        whole column = channel; \
+        for (; column + WIDE * LANES <= last_channel; column += WIDE * LANES) CALL(WIDE, column, LANES); \
+        for (; column + LANES <= last_channel; column += LANES) CALL(1, column, LANES); \
+        if (column < last_channel) CALL(1, column, last_channel - column); \
+    } while (0)
+
+/* For all tasks, by so many threads: no sum depends on how many. They return 0, or 1 where there is no memory.
+ * Each thread has some of the tasks; where they are fewer than the threads, some of the rows or channels of all. */
+#define SHARE(size, step, all) \
+    (all) ? 0 : least(size, over(size, step) * part / threads * (step)), \
+        (all) ? (size) : least(size, over(size, step) * (part + 1) / threads * (step))
+#define SPLIT(size, step) SHARE(tasks, 1, tasks < threads), SHARE(size, step, tasks >= threads)
+#define BY_THREADS(part_of) \
+    int failed = 0; \
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1) reduction(| : failed)") \
+    for (int part = 0; part < threads; part++) failed |= part_of; \
+    return failed;
+
+#endif
