@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raymeta.algorithms.inner_loop import InnerLoop, Rates
+from raymeta.algorithms.inner_loop import InnerLoop, Number, Rates
 from raymeta.algorithms.learned_map import LearnedMap, Optima
 from raymeta.algorithms.learner import MiniBatches, StepPlan
 from raymeta.algorithms.maml import MAML
@@ -144,7 +144,7 @@ class Amortised(LearnedMap, MAML):
         own = {name: value for name, value in params.items() if name.startswith("model.")}
         loop = rule.inner_loop(prepared, own, x, y, joined_mask(batch), None, None, self.fit_steps)
 
-        def rates(params: Params, number: int) -> Rates:
+        def rates(params: Params, number: Number) -> Rates:
             rate = 0.5 * self.fit_rate * (1 + math.cos(math.pi * number / self.fit_steps))
             return dict.fromkeys(model_params(params), rate)
 

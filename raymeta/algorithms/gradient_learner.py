@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained, require_second_derivatives
-from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Rates
-from raymeta.algorithms.learner import Adapted, Learner, MiniBatches, Statistics, StepPlan
+from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Number, Rates
+from raymeta.algorithms.learner import Adapted, Learner, MiniBatches, Recordable, Statistics, StepPlan
 from raymeta.algorithms.outer_gradients import (
+    Given,
     OuterGradient,
+    Piece,
     Query,
     QueryResult,
+    RunPiece,
     displacement,
     flat,
     implicit,
@@ -109,7 +112,7 @@ class GradientLearner(Learner):
         return names
 
     @abstractmethod
-    def rates(self, params: Params, names: tuple[str, ...], number: int) -> Rates:
+    def rates(self, params: Params, names: tuple[str, ...], number: Number) -> Rates:
         """For each fast parameter the inner rate of step `number`: a number, or a tensor that broadcasts to it."""
 
     def transformed(self, gradients: Params, params: Params) -> Params:
@@ -170,7 +173,7 @@ class GradientLearner(Learner):
             own = self.weights(params)
             return {name: model.shared(own[name], count) for name in names}
 
-        def objective(fast: Params, params: Params, number: int) -> Tensor:
+        def objective(fast: Params, params: Params, number: Number) -> Tensor:
             own = self.weights(params)
             x, y, mask = rows_of_step(support_x, support_y, support_mask, rows, number)
             key = None if keys is None else derived_key(keys, number)
@@ -181,7 +184,7 @@ class GradientLearner(Learner):
                 loss = loss + 0.5 * self.proximal_weight * torch.stack(squares).sum(0)
             return loss
 
-        def rates(params: Params, number: int) -> Rates:
+        def rates(params: Params, number: Number) -> Rates:
             return self.rates(params, names, number)
 
         return InnerLoop(steps, start, objective, rates, self.rule(), self.transformed)
@@ -234,7 +237,30 @@ class GradientLearner(Learner):
         if self.outer_gradient == "first_order":
             return unrolled(loop, params, query, weights, second_order=False)
         unroll = self.memory == "unrolled" or (self.memory == "auto" and self.inner_steps <= UNROLLED_STEPS)
-        return (unrolled if unroll else flat)(loop, params, query, weights)
+        if unroll:
+            return unrolled(loop, params, query, weights)
+        whole = self.recordable or model.batching != "vmap"
+        return flat(loop, params, query, weights, None if whole else self._piecewise(model, params, batch, plan))
+
+    def _piecewise(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> RunPiece:
+        """Calls the pieces of `flat` by programs that are recorded once for all inner steps."""
+
+        def run(piece: Piece, number: int, tensors: list[Tensor]) -> list[Tensor]:
+            of_step = plan.rows[number : number + 1] if plan.rows else None
+            given = Recordable.of(params, batch, replace(plan, rows=of_step, weights=None))
+
+            def function(values: list[Tensor]) -> list[Tensor]:
+                own_params, own_batch, own_plan = given.rebuilt(values[: len(given.tensors)])
+                step, *own = values[len(given.tensors) :]
+                loop = self.training_loop(model, own_params, own_batch, own_plan)
+                query = self.query(model, own_params, own_batch, own_plan)
+                return piece(Given(loop, own_params, query), step, own)
+
+            step = torch.tensor(number, device=batch.support_x.device)
+            key = (self, piece.__name__, given.key)
+            return model.programs.run(key, function, [*given.tensors, step, *tensors])
+
+        return run
 
     def adapt(
         self,
@@ -274,11 +300,12 @@ class GradientLearner(Learner):
 
 
 def rows_of_step(
-    x: Tensor, y: Tensor, mask: Tensor | None, batches: MiniBatches | None, number: int
+    x: Tensor, y: Tensor, mask: Tensor | None, batches: MiniBatches | None, number: Number
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows that inner step `number` sees, from x [T, S, ...], y [T, S, ...] and mask [T, S]."""
+    """The rows that inner step `number` sees, from x [T, S, ...], y [T, S, ...] and mask [T, S]. Where the number is a
+    tensor, `batches` has those of this step alone."""
     if batches is None:
         return x, y, mask
-    rows, mask = batches[number]
+    rows, mask = batches[number if isinstance(number, int) else 0]
     tasks = torch.arange(len(x), device=x.device)[:, None]
     return x[tasks, rows], y[tasks, rows], mask

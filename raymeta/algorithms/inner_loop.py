@@ -22,6 +22,8 @@ from raymeta.params import Params
 # The fast parameters are under "fast"; what else there is depends on the rule ("momentum"; "first", "second").
 State = dict[str, Params]
 Rates = Mapping[str, float | Tensor]
+# Of an inner step, from 0; a 0-dimensional int64 tensor in a computation that is recorded once for all steps.
+Number = int | Tensor
 
 
 def flatten_state(state: State) -> list[Tensor]:
@@ -42,7 +44,7 @@ class InnerRule(Protocol):
         """The state before the first step."""
         ...
 
-    def update(self, state: State, gradients: Params, rates: Rates, step: int) -> State:
+    def update(self, state: State, gradients: Params, rates: Rates, step: Number) -> State:
         """The state after step number `step` (from 0)."""
         ...
 
@@ -60,7 +62,7 @@ class SGD:
             state["momentum"] = {name: torch.zeros_like(value) for name, value in fast.items()}
         return state
 
-    def update(self, state: State, gradients: Params, rates: Rates, step: int) -> State:
+    def update(self, state: State, gradients: Params, rates: Rates, step: Number) -> State:
         fast = state["fast"]
         if self.weight_decay:
             gradients = {name: g + self.weight_decay * fast[name] for name, g in gradients.items()}
@@ -91,10 +93,11 @@ class Adam:
             state["first"] = dict(zeros)
         return state
 
-    def update(self, state: State, gradients: Params, rates: Rates, step: int) -> State:
+    def update(self, state: State, gradients: Params, rates: Rates, step: Number) -> State:
         after: State = {"fast": {}, "second": {}}
         if self.beta1:
             after["first"] = {}
+        count = step.double() + 1 if isinstance(step, Tensor) else step + 1
         for name, value in state["fast"].items():
             g = gradients[name] + self.weight_decay * value if self.weight_decay else gradients[name]
             second = self.beta2 * state["second"][name] + (1 - self.beta2) * g.square()
@@ -102,8 +105,8 @@ class Adam:
             if self.beta1:
                 g = self.beta1 * state["first"][name] + (1 - self.beta1) * g
                 after["first"][name] = g
-                g = g / (1 - self.beta1 ** (step + 1))
-            root = safe_sqrt(second / (1 - self.beta2 ** (step + 1)))
+                g = g / (1 - self.beta1**count)
+            root = safe_sqrt(second / (1 - self.beta2**count))
             after["fast"][name] = value - rates[name] * g / (root + self.epsilon)
         return after
 
@@ -132,8 +135,8 @@ class InnerLoop:
 
     steps: int
     start: Callable[[Params], Params]
-    objective: Callable[[Params, Params, int], Tensor]
-    rates: Callable[[Params, int], Rates]
+    objective: Callable[[Params, Params, Number], Tensor]
+    rates: Callable[[Params, Number], Rates]
     rule: InnerRule
     transformed: Callable[[Params, Params], Params] | None = None
 
@@ -141,7 +144,7 @@ class InnerLoop:
         """s_0, differentiable in `params`."""
         return self.rule.start(self.start(params))
 
-    def step(self, state: State, params: Params, number: int, second_order: bool) -> State:
+    def step(self, state: State, params: Params, number: Number, second_order: bool) -> State:
         """s_{number+1} from s_number.
 
         With `second_order` the inner gradient is itself differentiable in the state and in `params`; without, it is
@@ -177,7 +180,7 @@ class InnerLoop:
             state = self.detached_step(state, params, number)
         return {name: value.detach() for name, value in state["fast"].items()}
 
-    def detached_step(self, state: State, params: Params, number: int) -> State:
+    def detached_step(self, state: State, params: Params, number: Number) -> State:
         """s_{number+1} from s_number, as leaves without a graph."""
         leaves = rebuild_state(state, [tensor.detach() for tensor in flatten_state(state)])
         for value in leaves["fast"].values():

@@ -9,6 +9,7 @@ Legend: T tasks, S support rows, Q query rows, P numbers in all outer parameters
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -69,6 +70,37 @@ class StepPlan:
     rows: MiniBatches | None = None
     weights: Tensor | None = None
     ways: int = 0
+
+
+@dataclass(frozen=True)
+class Recordable:
+    """What a computation reads, as a list of tensors.
+
+    Attributes:
+        tensors: all that are in the parameters, the batch and the plan, the parameters first.
+        values, layout: these and what is no tensor, and how they were put together.
+    """
+
+    tensors: list[Tensor]
+    values: list[Any]
+    layout: TreeSpec
+
+    @classmethod
+    def of(cls, params: Params, batch: Episodes, plan: StepPlan) -> Recordable:
+        values, layout = tree_flatten((params, vars(batch), vars(plan)))
+        return cls([value for value in values if isinstance(value, Tensor)], values, layout)
+
+    @property
+    def key(self) -> Hashable:
+        """All but the tensors."""
+        return str(self.layout), tuple(value for value in self.values if not isinstance(value, Tensor))
+
+    def rebuilt(self, tensors: list[Tensor]) -> tuple[Params, Episodes, StepPlan]:
+        """The parameters, the batch and the plan, of other tensors in the places of `tensors`."""
+        others = iter(tensors)
+        whole = [next(others) if isinstance(value, Tensor) else value for value in self.values]
+        params, batch, plan = tree_unflatten(whole, self.layout)
+        return params, Episodes(**batch), StepPlan(**plan)
 
 
 def count_ways(*labels: Tensor) -> int:
@@ -198,28 +230,19 @@ class Learner(ABC):
         if not self.recordable or prepared.batching != "vmap":
             self.require(not self.compile, "compile", "False with batching=loop, or with so many inner steps")
             return self.summed_gradient(prepared, params, batch, plan)
-        values, layout, places = _flattened(params, batch, plan)
-        names = tuple(params)
+        given, names = Recordable.of(params, batch, plan), tuple(params)
 
-        def function(given: list[Tensor]) -> list[Tensor]:
-            whole = list(values)
-            for place, value in zip(places, given, strict=True):
-                whole[place] = value
-            own_params, own_batch, own_plan = tree_unflatten(whole, layout)
-            found = self.summed_gradient(prepared, own_params, Episodes(**own_batch), StepPlan(**own_plan))
+        def function(tensors: list[Tensor]) -> list[Tensor]:
+            found = self.summed_gradient(prepared, *given.rebuilt(tensors))
             return [*(found.gradient[name] for name in names), found.loss, found.metric]
 
-        others = tuple(value for value in values if not isinstance(value, Tensor))
-        *gradients, loss, metric = prepared.programs.run(
-            (self, str(layout), others), function, [values[place] for place in places], self.compile
-        )
+        *gradients, loss, metric = prepared.programs.run((self, given.key), function, given.tensors, self.compile)
         return OuterGradient(dict(zip(names, gradients, strict=True)), loss, metric)
 
     def recorded_inputs(self, params: Params, batch: Episodes, step: int) -> list[Tensor]:
         """The tensors that a recording of `meta_gradient` takes, the parameters first."""
         batch = batch.filled()
-        values, _, places = _flattened(params, batch, self.plan(params, batch, step))
-        return [values[place] for place in places]
+        return Recordable.of(params, batch, self.plan(params, batch, step)).tensors
 
     @property
     def recordable(self) -> bool:
@@ -272,12 +295,6 @@ class Learner(ABC):
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def _flattened(params: Params, batch: Episodes, plan: StepPlan) -> tuple[list[Any], TreeSpec, list[int]]:
-    """All values in one list, how to put them together again, and which of them are tensors."""
-    values, layout = tree_flatten((params, vars(batch), vars(plan)))
-    return values, layout, [place for place, value in enumerate(values) if isinstance(value, Tensor)]
 
 
 @cache

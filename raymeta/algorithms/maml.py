@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raymeta.algorithms.gradient_learner import GradientLearner
-from raymeta.algorithms.inner_loop import Rates
+from raymeta.algorithms.inner_loop import Number, Rates
 from raymeta.params import Params
 
 
@@ -26,7 +26,7 @@ class MAML(GradientLearner):
         super().__post_init__()
         self.require(self.inner_rate > 0, "inner_rate", "a number above 0")
 
-    def rates(self, params: Params, names: tuple[str, ...], number: int) -> Rates:
+    def rates(self, params: Params, names: tuple[str, ...], number: Number) -> Rates:
         return dict.fromkeys(names, self.inner_rate)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raymeta.algorithms.gradient_learner import GradientLearner
-from raymeta.algorithms.inner_loop import Rates
+from raymeta.algorithms.inner_loop import Number, Rates
 from raymeta.params import Params, model_params
 
 RATE = "inner_rate."
@@ -51,9 +51,9 @@ class MAMLPlusPlus(GradientLearner):
         rates = {RATE + layer: torch.full((self.inner_steps,), self.inner_rate).to(like) for layer in layers}
         return {**params, **rates}
 
-    def rates(self, params: Params, names: tuple[str, ...], number: int) -> Rates:
-        step = min(number, self.inner_steps - 1)
-        return {name: params[RATE + layer_of(name)][step] for name in names}
+    def rates(self, params: Params, names: tuple[str, ...], number: Number) -> Rates:
+        step = torch.as_tensor(number, device=next(iter(params.values())).device).clamp(max=self.inner_steps - 1)
+        return {name: params[RATE + layer_of(name)].index_select(0, step[None])[0] for name in names}
 
     def step_weights(self, step: int) -> tuple[float, ...] | None:
         if step >= self.annealing_steps or self.inner_steps == 1:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from raymeta.algorithms.gradient_learner import GradientLearner
-from raymeta.algorithms.inner_loop import Rates
+from raymeta.algorithms.inner_loop import Number, Rates
 from raymeta.params import MODEL, Params
 from raymeta.seeding import torch_generator
 
@@ -45,5 +45,5 @@ class MetaSGD(GradientLearner):
             rates[RATE + name.removeprefix(MODEL)] = rate.to(value)
         return {**params, **rates}
 
-    def rates(self, params: Params, names: tuple[str, ...], number: int) -> Rates:
+    def rates(self, params: Params, names: tuple[str, ...], number: Number) -> Rates:
         return {name: params[RATE + name] for name in names}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.gradient_learner import rows_of_step
-from raymeta.algorithms.inner_loop import InnerLoop, Rates
+from raymeta.algorithms.inner_loop import InnerLoop, Number, Rates
 from raymeta.algorithms.learner import Adapted, Statistics, StepPlan
 from raymeta.algorithms.maml import MAML
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
@@ -125,11 +125,11 @@ class MultiTask(MAML):
             head = {HEAD_WEIGHT: like.new_zeros(count, ways, like.shape[1]), HEAD_BIAS: like.new_zeros(count, ways)}
             return {**body, **head}
 
-        def objective(fast: Params, params: Params, number: int) -> Tensor:
+        def objective(fast: Params, params: Params, number: Number) -> Tensor:
             x, y, mask = rows_of_step(support_x, support_y, support_mask, batches, number)
             return self.losses(_with_head(prepared, fast, shared, absent, x, mask, None), y, mask)
 
-        def rates(params: Params, number: int) -> Rates:
+        def rates(params: Params, number: Number) -> Rates:
             return dict.fromkeys([*names, HEAD_WEIGHT, HEAD_BIAS], self.inner_rate)
 
         with explained(prepared, weights, support_x[0]):

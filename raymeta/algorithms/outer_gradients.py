@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymeta.algorithms.inner_loop import InnerLoop, State, flatten_state, rebuild_state
+from raymeta.algorithms.inner_loop import InnerLoop, Number, State, flatten_state, rebuild_state
 from raymeta.params import Params
 
 
@@ -93,53 +93,93 @@ def unrolled(
     return OuterGradient(dict(zip(leaves, gradient, strict=True)), result.loss.detach(), result.metric.detach())
 
 
-def flat(loop: InnerLoop, params: Params, query: Query, weights: Tensor | None = None) -> OuterGradient:
+@dataclass(frozen=True)
+class Given:
+    """What a piece of `flat` is a function of, beside the step's number and its own tensors."""
+
+    loop: InnerLoop
+    params: Params
+    query: Query
+
+
+# (given, number of the inner step, tensors) -> tensors; and what calls one, with tensors that stand for all that the
+# piece reads, so that it can be recorded.
+Piece = Callable[[Given, Number, list[Tensor]], list[Tensor]]
+RunPiece = Callable[[Piece, int, list[Tensor]], list[Tensor]]
+
+
+def flat(
+    loop: InnerLoop, params: Params, query: Query, weights: Tensor | None = None, run: RunPiece | None = None
+) -> OuterGradient:
     """The exact gradient with the graph of one step alive at a time.
 
     Stored are the states s_0 .. s_k, without a graph. Going backwards, step i is run again, and with it the
     vector-Jacobian product of the adjoint of s_{i+1}: for plain SGD, v <- v - H(theta_i)(r * v). That is what
     backpropagation through the unrolled loop does, in the same order; rounding may differ.
+
+    Args:
+        run: calls the pieces that every step has alike; None: they are called as they are.
     """
-    constants = {name: value.detach() for name, value in params.items()}
+    if run is None:
+        given = Given(loop, params, query)
+
+        def run(piece: Piece, number: int, tensors: list[Tensor]) -> list[Tensor]:
+            return piece(given, number, tensors)
+
     with torch.no_grad():
-        states: list[State] = [_detached(loop.first_state(constants))]
-    for number in range(loop.steps):
-        states.append(loop.detached_step(states[-1], constants, number))
+        first = _detached(loop.first_state({name: value.detach() for name, value in params.items()}))
+    fast_names = list(first["fast"])
+
+    def advanced(given: Given, number: Number, tensors: list[Tensor]) -> list[Tensor]:
+        """s_{i+1} from s_i."""
+        constants = {name: value.detach() for name, value in given.params.items()}
+        return flatten_state(given.loop.detached_step(rebuild_state(first, tensors), constants, number))
+
+    def query_gradient(given: Given, number: Number, tensors: list[Tensor]) -> list[Tensor]:
+        """Loss and metric [T] of fast parameters, and the gradient of a weighted loss in them, then in the outer
+        parameters."""
+        *values, weight = tensors
+        with torch.enable_grad():
+            leaves, fast = _leaves(given.params), _leaves(dict(zip(fast_names, values, strict=True)))
+            result = given.query(fast, leaves)
+            found = _gradient([weight * result.loss.sum()], [*fast.values(), *leaves.values()])
+        return [result.loss.detach(), result.metric.detach(), *found]
+
+    def pulled_back(given: Given, number: Number, tensors: list[Tensor]) -> list[Tensor]:
+        """The adjoint of s_i, and what it gives the outer parameters, from s_i and the adjoint of s_{i+1}."""
+        count = len(tensors) // 2
+        with torch.enable_grad():
+            leaves = _leaves(given.params)
+            inputs = [tensor.detach().requires_grad_() for tensor in tensors[:count]]
+            state = rebuild_state(first, inputs)
+            outputs = flatten_state(given.loop.step(state, leaves, number, second_order=True))
+            return _gradient(outputs, [*inputs, *leaves.values()], tensors[count:])
 
     total = {name: torch.zeros_like(value) for name, value in params.items()}
 
-    def through_query(state: State, weight: float | Tensor) -> tuple[QueryResult, list[Tensor]]:
-        """The weighted query gradient in the state; its part in the outer parameters goes into `total`."""
-        with torch.enable_grad():
-            leaves, fast = _leaves(params), _leaves(state["fast"])
-            result = query(fast, leaves)
-            found = _gradient([weight * result.loss.sum()], [*fast.values(), *leaves.values()])
-        _add(total, found[len(fast) :])
-        in_fast = dict(zip(fast, found, strict=False))
-        return result, [
-            in_fast[name] if part == "fast" else torch.zeros_like(value)
-            for part, values in state.items()
-            for name, value in values.items()
-        ]
+    def through_query(state: list[Tensor], number: int, weight: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Loss, metric, and the adjoint of a state; the part of the outer parameters goes into `total`."""
+        loss, metric, *found = run(query_gradient, number, [*state[: len(fast_names)], weight])
+        _add(total, found[len(fast_names) :])
+        return loss, metric, [*found[: len(fast_names)], *map(torch.zeros_like, state[len(fast_names) :])]
 
-    result, adjoint = through_query(states.pop(), 1.0 if weights is None else weights[-1])
+    states = [flatten_state(first)]
+    for number in range(loop.steps):
+        states.append(run(advanced, number, states[-1]))
+    one = torch.ones((), dtype=states[0][0].dtype, device=states[0][0].device)
+    loss, metric, adjoint = through_query(states.pop(), loop.steps, one if weights is None else weights[-1])
     for number in reversed(range(loop.steps)):
         state = states.pop()
-        with torch.enable_grad():
-            leaves = _leaves(params)
-            inputs = [tensor.detach().requires_grad_() for tensor in flatten_state(state)]
-            outputs = flatten_state(loop.step(rebuild_state(state, inputs), leaves, number, second_order=True))
-            found = _gradient(outputs, [*inputs, *leaves.values()], adjoint)
-        del outputs  # the graph of this step: gone before the next is built
-        adjoint = found[: len(inputs)]
-        _add(total, found[len(inputs) :])
+        found = run(pulled_back, number, [*state, *adjoint])
+        adjoint = found[: len(state)]
+        _add(total, found[len(state) :])
         if weights is not None and number > 0:
-            _, more = through_query(state, weights[number - 1])
+            _, _, more = through_query(state, number, weights[number - 1])
             adjoint = [a + b for a, b in zip(adjoint, more, strict=True)]
     with torch.enable_grad():
         leaves = _leaves(params)
         _add(total, _gradient(flatten_state(loop.first_state(leaves)), list(leaves.values()), adjoint))
-    return OuterGradient(total, result.loss.detach(), result.metric.detach())
+    return OuterGradient(total, loss, metric)
 
 
 def _detached(state: State) -> State:

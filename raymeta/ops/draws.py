@@ -49,10 +49,12 @@ def mix(value: Tensor) -> Tensor:
     return value ^ _shift_right(value, 31)
 
 
-def derived_key(key: Tensor, number: int) -> Tensor:
+def derived_key(key: Tensor, number: int | Tensor) -> Tensor:
     """The key for draw number `number` of `key`, element by element."""
-    # The product wraps to int64 here: torch refuses a Python number beyond it.
-    offset = ((number + 1) * _GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)
+    # The product wraps to int64, as tensors do by themselves: torch refuses a Python number beyond it.
+    offset = (number + 1) * _GOLDEN
+    if isinstance(offset, int):
+        offset = (offset + (1 << 63)) % (1 << 64) - (1 << 63)
     return mix(key + offset)
 
 

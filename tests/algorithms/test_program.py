@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raymeta.algorithms import LEARNERS, MAML, Learner, in_place
+from raymeta.algorithms import LEARNERS, MAML, Learner, in_place, program
+from raymeta.algorithms.gradient_learner import RECORDED_STEPS
 from raymeta.algorithms.program import MOST_PROGRAMS, RECORD_AFTER, Programs
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
@@ -63,6 +64,42 @@ def test_the_recording_has_the_same_bits(
             assert torch.equal(expected, got), step
         assert found.metrics["loss"] == float(wanted.loss.double().sum())
     assert any(programs.recorded.values()), f"nothing was recorded: {programs.recorded}"
+
+
+LONG: list[tuple[str, dict[str, Any], str]] = [
+    ("maml", {"inner_rate": 0.02, "inner_momentum": 0.9}, "conv4"),
+    ("maml", {"inner_optimizer": "adam", "inner_rate": 0.01}, "conv4"),
+    ("maml", {"inner_rate": 0.02, "inner_batch": 4}, "mlp"),
+    ("maml", {"inner_rate": 0.02}, "dropout"),
+    ("maml", {"inner_rate": 0.02}, "transformer"),
+    ("meta_sgd", {}, "mlp"),
+    ("maml_plus_plus", {"annealing_steps": 40, "inner_rate": 0.05}, "conv4"),
+    ("cavia", {"inner_rate": 0.5}, "mlp"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "kind"), LONG, ids=lambda value: str(value))
+def test_a_step_of_many_is_recorded_once(
+    small: Any, name: str, settings: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a loop that is too long to be recorded as a whole: its pieces, which are the same for every inner step."""
+    monkeypatch.setattr(in_place, "LEAST_BYTES", 0)
+    learner = LEARNERS[name](**settings, inner_steps=RECORDED_STEPS + 3, memory="flat")
+    model, params, batch = small.problem(learner, kind)
+    unrolled = replace(learner, memory="unrolled").meta_gradient(model, params, batch, 0).gradient
+    with monkeypatch.context() as never:
+        never.setattr(program, "RECORD_AFTER", 10**9)
+        direct = learner.meta_gradient(model, params, batch, 0).gradient
+    programs = learner.prepared(model).programs
+    assert not programs.recorded
+    for step in (0, 1, 0):
+        found = learner.meta_gradient(model, params, varied(batch, step), step).gradient
+        if step == 0:
+            assert torch.equal(found, direct)
+    torch.testing.assert_close(direct, unrolled, rtol=1e-8, atol=1e-10)
+    pieces = {key[0][1] for key, recorded in programs.recorded.items() if recorded is not None}
+    assert pieces >= {"advanced", "pulled_back"}, programs.recorded
+    assert None not in programs.recorded.values()
 
 
 def varied(batch: Episodes, step: int) -> Episodes:
