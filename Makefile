@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # More for the commands: make train ARGS="outer.steps=1000 --run-dir runs/mine"
 ARGS ?=
-# Processes for the tests without Ray.
+# Processes for the tests.
 JOBS ?= 2
 
 .PHONY: help install train test test-long bench lint format clean
@@ -29,14 +29,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 train: install
 	$(BIN)/raymeta train $(ARGS)
 
-# Tests that start Ray have the machine to themselves. Status 5: none of those that ARGS names are of this half.
+# Tests that start Ray run one after the other, in one of the processes. `make test ARGS="-m 'long or not long'"`: all.
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) -m "not long and not ray" $(ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -m "not long and ray" $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-long: install
-	$(BIN)/python -m pytest -n $(JOBS) -m "long and not ray" $(ARGS) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -m "long and ray" $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m long $(ARGS)
 
 $(VENV)/installed-bench: $(VENV)/installed
 	@echo "installing the benchmark's peers into $(VENV)"

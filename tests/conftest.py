@@ -17,6 +17,13 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 CLUSTER_CPUS = 4
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray run one after the other, in one of the processes of `-n`, beside the others."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """The address of a local cluster that this process is connected to; it ends with the session."""

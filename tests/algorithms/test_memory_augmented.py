@@ -43,7 +43,11 @@ def written_out(learner: MemoryAugmentedNetwork, params: Any, x: Tensor, y: Tens
             heads, 2 * size + 2
         )
         order = sorted(range(slots), key=lambda slot: (float(usage[slot]), slot))[:heads]
-        next_memory, weights, query = memory.clone(), zeros(heads, slots), row == len(x) - 1
+        next_memory, weights, query = (
+            memory.clone(),
+            zeros(heads, slots),
+            row == len(x) - 1 and not learner.query_writes,
+        )
         for slot in [] if query else order:
             next_memory[slot] = 0
         for head in range(heads):
@@ -71,8 +75,9 @@ def written_out(learner: MemoryAugmentedNetwork, params: Any, x: Tensor, y: Tens
 
 
 @pytest.mark.parametrize("controller", KINDS)
-def test_every_query_ends_a_sequence_whose_labels_come_one_row_late(small: Any, controller: Any) -> None:
-    learner = MemoryAugmentedNetwork(**SIZES, controller=controller)
+@pytest.mark.parametrize("writes", [False, True])
+def test_every_query_ends_a_sequence_whose_labels_come_one_row_late(small: Any, controller: Any, writes: bool) -> None:
+    learner = MemoryAugmentedNetwork(**SIZES, controller=controller, query_writes=writes)
     model, params, batch = small.problem(learner, "mlp")
     adapted = learner.adapt(model, params, batch.support_x, batch.support_y)
     found = learner.predict(model, adapted, batch.query_x)
