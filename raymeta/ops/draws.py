@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from raymeta.ops.attention import plain
 from raymeta.seeding import Key, digest
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, SplitMix64's increment
@@ -101,7 +102,7 @@ class KeyedDropout(TorchFunctionMode):
             return self._channel_dropout(_CHANNEL_DROPOUTS[func], *args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and plain(*args, **kwargs) is None:
             return self._inside(func)(*args, **kwargs)
         return func(*args, **kwargs)
 

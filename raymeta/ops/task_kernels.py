@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
+from raymeta.ops.attention import plain, self_attention
 from raymeta.ops.convolution import Geometry, Pair, convolution
 from raymeta.ops.native import layers
 from raymeta.ops.normalisation import batch_normalised
@@ -186,6 +187,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return F.linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
 
 
+def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    given = plain(*args, **kwargs)
+    if given is None or not _known(given.rows) or torch.is_autocast_enabled("cpu"):
+        general: Callable[..., tuple[Tensor, Tensor | None]] = F.multi_head_attention_forward
+        return general(*args, **kwargs)
+    return self_attention(given, _linear), None
+
+
 def _view(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # The user wrote `view` for torch's usual layout, in which it would have held.
     shape = args or tuple(kwargs.values())
@@ -225,6 +234,7 @@ def _pair(value: int | tuple[int, ...]) -> Pair:
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _conv2d,
     F.linear: _linear,
+    F.multi_head_attention_forward: _attention,
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.relu: _relu,
