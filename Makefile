@@ -31,10 +31,10 @@ train: install
 
 # Tests that start Ray run one after the other, in one of the processes. `make test ARGS="-m 'long or not long'"`: all.
 test: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-long: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m long $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m long $(ARGS)
 
 $(VENV)/installed-bench: $(VENV)/installed
 	@echo "installing the benchmark's peers into $(VENV)"

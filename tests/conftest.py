@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -17,11 +18,38 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 CLUSTER_CPUS = 4
 
 
+# The tests marked `ray`, whole files or single ones. Who shares the tests out among the processes of `-n` knows names
+# alone, no marks.
+RAY_TESTS = (
+    "tests/benchmarks/test_scale.py",
+    "tests/benchmarks/test_speed.py::test_the_command_writes_the_table_and_the_numbers",
+    "tests/test_cli.py::test_ray_workers_give_the_same_run_and_too_great_a_demand_is_said",
+    "tests/test_cli_processes.py::test_ctrl_c_of_a_run_on_ray_leaves_a_checkpoint_and_no_process",
+    "tests/test_driver_faults.py::test_a_driver_with_ray_workers_killed_leaves_no_process_and_resumes",
+    "tests/test_jobs.py",
+    "tests/tune/test_search_ray.py",
+    "tests/tune/test_watch.py",
+    "tests/workers/test_faults.py",
+    "tests/workers/test_ray_pool.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray run one after the other, in one of the processes of `-n`, beside the others."""
     for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        if item.get_closest_marker("ray") and not item.nodeid.startswith(RAY_TESTS):
+            raise pytest.UsageError(f"{item.nodeid} starts Ray: name it in RAY_TESTS of tests/conftest.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests that start Ray run one after the other in one process, beside the others."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayTestsInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(RAY_TESTS) else nodeid
+
+    return RayTestsInOneProcess(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,10 @@ def captured(
 ) -> Callable[[list[Tensor]], list[Tensor]]:
     """`program` as a CUDA graph for tensors like these; `program` itself where the graph cannot hold it."""
     inputs = [tensor.clone() for tensor in tensors]
+    if any(own.stride() != tensor.stride() for own, tensor in zip(inputs, tensors, strict=True)):
+        # A program knows its inputs' strides, and a copy of a tensor that overlaps itself has others.
+        logger.info("no CUDA graph can hold the program, which runs as it is: an input overlaps itself")
+        return program
     try:
         here = torch.cuda.current_stream()
         side = torch.cuda.Stream()

@@ -28,6 +28,7 @@ from raymeta.algorithms.outer_gradients import (
     implicit,
     unrolled,
 )
+from raymeta.algorithms.program import signature
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled
 from raymeta.ops.draws import derived_key
@@ -38,6 +39,8 @@ from raymeta.seeding import generator
 UNROLLED_STEPS = 5
 # With more inner steps than this the list of operations takes tens of seconds to record.
 RECORDED_STEPS = 16
+# One step of them is recorded instead, in about the time of such a loop: when a computation comes up again.
+RECORD_PIECES_AFTER = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,8 @@ class GradientLearner(Learner):
         keys: Tensor | None,
         steps: int,
     ) -> InnerLoop:
-        """The inner loop of T tasks. `rows`: of `mini_batches`; `keys`: [T] of dropout, None outside training."""
+        """The inner loop of T tasks. `rows`: of `mini_batches`, or of one step that is recorded for all (see
+        `rows_of_step`); `keys`: [T] of dropout, None outside training."""
         weights = self.weights(params)
         names = self.fast_names(tuple(weights))
         shared_names = [name for name in weights if name not in names]
@@ -244,21 +248,30 @@ class GradientLearner(Learner):
 
     def _piecewise(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> RunPiece:
         """Calls the pieces of `flat` by programs that are recorded once for all inner steps."""
+        given = Recordable.of(params, batch, replace(plan, rows=None, weights=None))
+        count, others = len(given.tensors), given.key
+        whole = (self, others, signature(given.tensors))
+        if model.programs.recording:
+            model.programs.seen[whole] += 1
+        often = model.programs.seen[whole] >= RECORD_PIECES_AFTER
 
         def run(piece: Piece, number: int, tensors: list[Tensor]) -> list[Tensor]:
-            of_step = plan.rows[number : number + 1] if plan.rows else None
-            given = Recordable.of(params, batch, replace(plan, rows=of_step, weights=None))
+            of_step = () if plan.rows is None or number == len(plan.rows) else plan.rows[number]
+            rows = [value for value in of_step if value is not None]
 
             def function(values: list[Tensor]) -> list[Tensor]:
-                own_params, own_batch, own_plan = given.rebuilt(values[: len(given.tensors)])
-                step, *own = values[len(given.tensors) :]
+                own_params, own_batch, own_plan = given.rebuilt(values[:count])
+                places, (step, *own) = values[count : count + len(rows)], values[count + len(rows) :]
+                if places:
+                    own_plan = replace(own_plan, rows=[(places[0], places[1] if len(places) > 1 else None)])
                 loop = self.training_loop(model, own_params, own_batch, own_plan)
                 query = self.query(model, own_params, own_batch, own_plan)
                 return piece(Given(loop, own_params, query), step, own)
 
             step = torch.tensor(number, device=batch.support_x.device)
-            key = (self, piece.__name__, given.key)
-            return model.programs.run(key, function, [*given.tensors, step, *tensors])
+            key = (self, piece.__name__, len(rows), others)
+            everything = [*given.tensors, *rows, step, *tensors]
+            return model.programs.run(key, function, everything, piece_of=whole, often=often)
 
         return run
 

@@ -257,7 +257,8 @@ class Learner(ABC):
         bad = []
         for place, number in enumerate(numbers):
             one = batch.select(place, place + 1)
-            alone = self.summed_gradient(prepared, params, one, self.plan(params, one, step))
+            with prepared.programs.unrecorded():
+                alone = self.summed_gradient(prepared, params, one, self.plan(params, one, step))
             if not _finite(alone.loss, *alone.gradient.values()):
                 bad.append(number)
         return tuple(bad or numbers)

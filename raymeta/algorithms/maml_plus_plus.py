@@ -52,8 +52,11 @@ class MAMLPlusPlus(GradientLearner):
         return {**params, **rates}
 
     def rates(self, params: Params, names: tuple[str, ...], number: Number) -> Rates:
-        step = torch.as_tensor(number, device=next(iter(params.values())).device).clamp(max=self.inner_steps - 1)
-        return {name: params[RATE + layer_of(name)].index_select(0, step[None])[0] for name in names}
+        last = self.inner_steps - 1
+        if isinstance(number, int):
+            return {name: params[RATE + layer_of(name)][min(number, last)] for name in names}
+        step = number.clamp(max=last)[None]
+        return {name: params[RATE + layer_of(name)].index_select(0, step)[0] for name in names}
 
     def step_weights(self, step: int) -> tuple[float, ...] | None:
         if step >= self.annealing_steps or self.inner_steps == 1:

@@ -15,10 +15,11 @@ anyway), and rounds otherwise, so it is a setting and not a rule.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,24 +42,53 @@ Key = tuple[Any, bool, Hashable]
 RECORD_AFTER = 10
 # A computation that takes longer than this gains little from being recorded.
 RECORD_BELOW_SECONDS = 1.0
-# The most recordings that are kept for one module; each holds its constants and its code, about a megabyte.
+# The most recordings that are kept for one module (those of one computation's pieces count as one); each holds its
+# constants and its code, about a megabyte.
 MOST_PROGRAMS = 8
 
 
 @dataclass
 class Programs:
-    """The programs of one module. `None` stands for what cannot be recorded."""
+    """The programs of one module.
 
-    seen: Counter[Key] = field(default_factory=Counter)
+    Attributes:
+        seen: how often each computation came up.
+        recorded: by key; `None` stands for what cannot be recorded.
+        places: the computations that have something there.
+        recording: whether new ones may be recorded.
+    """
+
+    seen: Counter[Hashable] = field(default_factory=Counter)
     recorded: dict[Key, Function | None] = field(default_factory=dict)
+    places: set[Hashable] = field(default_factory=set)
+    recording: bool = True
 
-    def run(self, key: Any, function: Function, tensors: list[Tensor], compiled: bool = False) -> list[Tensor]:
+    @contextlib.contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Nothing is counted or recorded inside: for what comes up once."""
+        before, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = before
+
+    def run(
+        self,
+        key: Any,
+        function: Function,
+        tensors: list[Tensor],
+        compiled: bool = False,
+        piece_of: Hashable = None,
+        often: bool = False,
+    ) -> list[Tensor]:
         """What `function` gives for `tensors`.
 
         Args:
             key: names all that the function does beside its tensors. Their shapes, strides and types are added here.
             function: of tensors alone: whatever else it reads must be the same for the same key.
             compiled: by `torch.compile`, from the first call on.
+            piece_of: the computation that this is a piece of; all of its pieces have one place. None: it is a whole.
+            often: whether a piece's computation has come up often enough to be recorded; a whole is counted here.
 
         Raises:
             InputError: it cannot be compiled.
@@ -66,6 +96,7 @@ class Programs:
         whole: Key = (key, compiled, signature(tensors))
         if compiled and whole not in self.recorded:
             self.recorded[whole] = self._compiled(function, tensors)
+            self.places.add(whole)
         if whole in self.recorded:
             program = self.recorded[whole]
             if program is None:
@@ -74,14 +105,22 @@ class Programs:
                 return program(tensors)
         started = time.perf_counter()
         result = function(tensors)
-        self.seen[whole] += 1
-        if self.seen[whole] >= RECORD_AFTER and len(self.recorded) < MOST_PROGRAMS:
-            short = time.perf_counter() - started < RECORD_BELOW_SECONDS
+        short = time.perf_counter() - started < RECORD_BELOW_SECONDS
+        if not self.recording:
+            return result
+        place = whole if piece_of is None else piece_of
+        if piece_of is None:
+            self.seen[place] += 1
+            often = self.seen[place] >= RECORD_AFTER
+        free = place in self.places or len(self.places) < MOST_PROGRAMS
+        # What is not a number is equal to nothing, and so says nothing of a recording.
+        if often and free and all(bool(value.isfinite().all()) for value in result):
+            self.places.add(place)
             self.recorded[whole] = record(function, tensors, result) if short else None
         return result
 
     def _compiled(self, function: Function, tensors: list[Tensor]) -> Function:
-        if len(self.recorded) >= MOST_PROGRAMS:
+        if len(self.places) >= MOST_PROGRAMS:
             raise InputError(
                 f"algorithm.compile=True, but the tasks come in more than {MOST_PROGRAMS} shapes, each of which would "
                 "be compiled; set algorithm.compile=False, or give the tasks like shapes"

@@ -157,10 +157,10 @@ def _native_layer_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     shape = input.shape[input.dim() - len(normalized_shape) :]
-    alike = all(value is None or value.shape == shape for value in (weight, bias)) and input.numel()
-    if shape != tuple(normalized_shape) or not alike or torch.is_autocast_enabled("cpu"):  # torch says what is wrong
+    alike = shape == tuple(normalized_shape) and all(value is None or value.shape == shape for value in (weight, bias))
+    if not shape or not alike or not input.numel():  # torch says what is wrong
         return _layer_norm(input, normalized_shape, weight, bias, eps)
-    if not _real(input, weight, bias):
+    if torch.is_autocast_enabled("cpu") or not _real(input, weight, bias):
         return _layer_norm(input, normalized_shape, weight, bias, eps)
     return layers.layer_norm(input, shape.numel(), weight, bias, eps)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raymeta.algorithms import LEARNERS, MAML, Learner, in_place, program
+from raymeta.algorithms import LEARNERS, MAML, Learner, in_place
 from raymeta.algorithms.gradient_learner import RECORDED_STEPS
 from raymeta.algorithms.program import MOST_PROGRAMS, RECORD_AFTER, Programs
 from raymeta.episodes import Episodes
@@ -66,40 +66,62 @@ def test_the_recording_has_the_same_bits(
     assert any(programs.recorded.values()), f"nothing was recorded: {programs.recorded}"
 
 
-LONG: list[tuple[str, dict[str, Any], str]] = [
-    ("maml", {"inner_rate": 0.02, "inner_momentum": 0.9}, "conv4"),
-    ("maml", {"inner_optimizer": "adam", "inner_rate": 0.01}, "conv4"),
-    ("maml", {"inner_rate": 0.02, "inner_batch": 4}, "mlp"),
-    ("maml", {"inner_rate": 0.02}, "dropout"),
-    ("maml", {"inner_rate": 0.02}, "transformer"),
-    ("meta_sgd", {}, "mlp"),
-    ("maml_plus_plus", {"annealing_steps": 40, "inner_rate": 0.05}, "conv4"),
-    ("cavia", {"inner_rate": 0.5}, "mlp"),
+LONG: list[tuple[str, dict[str, Any], str, bool]] = [
+    ("maml", {"inner_rate": 0.02, "inner_momentum": 0.9}, "conv4", False),
+    ("maml", {"inner_optimizer": "adam", "inner_rate": 0.01}, "conv4", True),
+    ("maml", {"inner_rate": 0.02, "inner_batch": 4}, "mlp", False),
+    ("maml", {"inner_rate": 0.02, "inner_batch": 4}, "mlp", True),
+    ("maml", {"inner_rate": 0.02}, "dropout", False),
+    ("maml", {"inner_rate": 0.02}, "transformer", False),
+    ("meta_sgd", {}, "mlp", True),
+    ("maml_plus_plus", {"annealing_steps": 40, "inner_rate": 0.05}, "conv4", False),
+    ("cavia", {"inner_rate": 0.5}, "mlp", False),
 ]
 
 
-@pytest.mark.parametrize(("name", "settings", "kind"), LONG, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "settings", "kind", "masks"), LONG, ids=lambda value: str(value))
 def test_a_step_of_many_is_recorded_once(
-    small: Any, name: str, settings: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+    small: Any, name: str, settings: dict[str, Any], kind: str, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a loop that is too long to be recorded as a whole: its pieces, which are the same for every inner step."""
+    """Of a loop that is too long to be recorded as a whole: its pieces, which are the same for every inner step. What
+    they read is that of the call: other parameters, numbers and draws give what they give without a recording."""
     monkeypatch.setattr(in_place, "LEAST_BYTES", 0)
     learner = LEARNERS[name](**settings, inner_steps=RECORDED_STEPS + 3, memory="flat")
-    model, params, batch = small.problem(learner, kind)
-    unrolled = replace(learner, memory="unrolled").meta_gradient(model, params, batch, 0).gradient
-    with monkeypatch.context() as never:
-        never.setattr(program, "RECORD_AFTER", 10**9)
-        direct = learner.meta_gradient(model, params, batch, 0).gradient
+    model, start, batch = small.problem(learner, kind, masks=masks)
+    calls = [({key: value * (1 + 0.1 * k) for key, value in start.items()}, varied(batch, k), k) for k in (0, 1, 2, 3)]
     programs = learner.prepared(model).programs
+    with programs.unrecorded():
+        direct = [learner.meta_gradient(model, *call).gradient for call in calls]
     assert not programs.recorded
-    for step in (0, 1, 0):
-        found = learner.meta_gradient(model, params, varied(batch, step), step).gradient
-        if step == 0:
-            assert torch.equal(found, direct)
-    torch.testing.assert_close(direct, unrolled, rtol=1e-8, atol=1e-10)
+    for call, expected in zip(calls, direct, strict=True):
+        assert torch.equal(learner.meta_gradient(model, *call).gradient, expected)
     pieces = {key[0][1] for key, recorded in programs.recorded.items() if recorded is not None}
     assert pieces >= {"advanced", "pulled_back"}, programs.recorded
     assert None not in programs.recorded.values()
+    assert len(programs.places) == 1
+    unrolled = replace(learner, memory="unrolled").meta_gradient(model, *calls[1]).gradient
+    torch.testing.assert_close(direct[1], unrolled, rtol=1e-8, atol=1e-10)
+
+
+def test_pieces_of_a_shape_that_comes_up_once_are_not_recorded(small: Any) -> None:
+    learner = MAML(inner_rate=0.02, inner_steps=RECORDED_STEPS + 1, memory="flat")
+    model, params, batch = small.problem(learner, "mlp")
+    programs = learner.prepared(model).programs
+    for count in (3, 2, 1):
+        learner.meta_gradient(model, params, batch.select(0, count), 0)
+    assert not programs.recorded
+    for _ in range(2):
+        learner.meta_gradient(model, params, batch, 0)
+        learner.meta_gradient(model, params, batch.select(0, 2), 0)
+    assert len(programs.places) == 2
+
+
+def test_what_is_no_number_says_nothing_of_a_recording() -> None:
+    programs = Programs()
+    for number in range(RECORD_AFTER + 2):
+        given = torch.full((2,), float("nan") if number == RECORD_AFTER - 1 else 1.0)
+        programs.run("key", lambda tensors: [tensors[0] * 2], [given])
+    assert [program is not None for program in programs.recorded.values()] == [True]
 
 
 def varied(batch: Episodes, step: int) -> Episodes:

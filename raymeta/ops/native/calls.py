@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +65,8 @@ def dense(value: Tensor | None) -> Tensor | None:
 
 _library = torch.library.Library("raymeta", "DEF")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_Shapes = Callable[[Tensor], Sequence[Sequence[int]]]
+# Of x, the shapes of the other arguments by name.
+_Shapes = Callable[[Tensor], Mapping[str, Sequence[int]]]
 
 
 def operation(
@@ -75,7 +77,8 @@ def operation(
     Args:
         signature: in torch's words.
         empty: of the same arguments, returns empty tensors for what the function returns.
-        shapes: those that its tensors may have, where x is the one of most dimensions; None: the function looks itself.
+        shapes: of the argument `x` [T, ., C, ...], those of other arguments; what is not named is like x. None: the
+            function looks itself.
     """
 
     def made(function: _Function) -> _Function:
@@ -96,19 +99,25 @@ def _checked(function: Callable[..., Any], shapes: _Shapes | None) -> Callable[.
         ValueError: tensors of several types, or of shapes that do not go together.
     """
 
+    places = list(inspect.signature(function).parameters)
+
     @functools.wraps(function)
     def checked(*arguments: Any) -> Any:
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        x = max(tensors, key=Tensor.dim)
-        for value in tensors:
+        given = {name: v for name, v in zip(places, arguments, strict=True) if isinstance(v, Tensor)}
+        x = given.get("x", next(iter(given.values())))
+        others: Mapping[str, Sequence[int]] = {}
+        if shapes is not None:
+            if x.dim() < 3:
+                raise ValueError(f"{function.__name__} of shapes: x {tuple(x.shape)}; expected 3 dimensions or more")
+            others = shapes(x)
+        for name, value in given.items():
             if value.dtype != x.dtype or value.dtype not in _REAL:
                 raise ValueError(f"{function.__name__} of {x.dtype} and {value.dtype}; expected all float32 or float64")
-            if shapes is not None and tuple(value.shape) not in [tuple(shape) for shape in (x.shape, *shapes(x))]:
-                raise ValueError(f"{function.__name__} of shapes {tuple(x.shape)} and {tuple(value.shape)}")
-        if not all(value.numel() for value in tensors):
-            raise ValueError(
-                f"{function.__name__} of shapes {[tuple(value.shape) for value in tensors]}: nothing to do"
-            )
+            expected = tuple(others.get(name, x.shape))
+            if shapes is not None and tuple(value.shape) != expected:
+                raise ValueError(f"{function.__name__} of shapes: {name} {tuple(value.shape)}; expected {expected}")
+            if not value.numel():
+                raise ValueError(f"{function.__name__} of shapes: {name} {tuple(value.shape)}: nothing to do")
         return function(*arguments)
 
     return checked

@@ -262,8 +262,8 @@ int layer_norm_backward(
     const REAL *gradient, const REAL *x, const REAL *weight, const REAL *mean, const REAL *scale, REAL *to_x, REAL
     *products, REAL *totals, whole rows, whole size, whole tasks, int threads
 ) {
-    return to_x_of(gradient, x, weight, mean, scale, to_x, rows, size, tasks, threads) |
-        to_weight_of(gradient, x, mean, scale, products, totals, rows, size, tasks, threads);
+    int failed = to_x_of(gradient, x, weight, mean, scale, to_x, rows, size, tasks, threads);
+    return failed | to_weight_of(gradient, x, mean, scale, products, totals, rows, size, tasks, threads);
 }
 
 static int second_of(
@@ -293,8 +293,9 @@ int layer_norm_second_backward(
     REAL *weight, const REAL *mean, const REAL *scale, REAL *to_gradient, REAL *to_x, REAL *to_weight, REAL *means,
     whole rows, whole size, whole tasks, int threads
 ) {
-    return second_of(
+    int failed = second_of(
         adjoint, to_products, to_totals, gradient, x, weight, mean, scale, to_gradient, to_x, means, rows, size, tasks,
         threads
-    ) | second_to_weight_of(adjoint, gradient, x, mean, scale, means, to_weight, rows, size, tasks, threads);
+    );
+    return failed | second_to_weight_of(adjoint, gradient, x, mean, scale, means, to_weight, rows, size, tasks, threads);
 }

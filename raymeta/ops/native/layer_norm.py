@@ -28,9 +28,10 @@ def layer_normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
     return result
 
 
-def _shapes(x: Tensor) -> list[tuple[int, ...]]:
-    """Beside that of x itself: a number for each place and task, a number for each row."""
-    return [(len(x), x.shape[2]), (len(x), x.shape[1])]
+def _shapes(x: Tensor) -> dict[str, tuple[int, int]]:
+    tasks, rows, size = x.shape
+    of_places = dict.fromkeys(("weight", "bias", "to_products", "to_totals"), (tasks, size))
+    return of_places | dict.fromkeys(("mean", "scale"), (tasks, rows))
 
 
 def layer_norm_shape(

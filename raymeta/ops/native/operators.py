@@ -80,9 +80,9 @@ def out_sizes(size: _Pair, kernel: _Pair, stride: _Pair, padding: _Pair, dilatio
     ]
 
 
-def _shapes(x: Tensor) -> list[tuple[int, ...]]:
-    """Beside that of x itself: one number for each channel of each task."""
-    return [(len(x), x.shape[2])]
+def _shapes(x: Tensor) -> dict[str, tuple[int, int]]:
+    names = ("weight", "bias", "mean", "scale", "products", "totals", "to_products", "to_totals")
+    return dict.fromkeys(names, (len(x), x.shape[2]))
 
 
 def convolution_shape(

@@ -1,8 +1,8 @@
 /* What the kernels share: sizes, vectors, and how the work is shared out among threads.
  *
- * Legend of all files: T tasks, B rows, H x W positions of the input, P x Q of the output, C channels of the input, K of
- * the output. Activations lie densely as [T, B, H, W, C] and [T, B, P, Q, K], weights in any layout. `first` to `last`
- * are one thread's tasks. A sum has one fixed order, whatever they are.
+ * Legend of all files: T tasks, B rows, H x W positions of the input, P x Q of the output, C channels of the input, K
+ * of the output. Activations lie densely as [T, B, H, W, C] and [T, B, P, Q, K], weights in any layout. `first` to
+ * `last` are one thread's tasks. A sum has one fixed order, whatever they are.
  *
  * Built once for each type, REAL. Vectors are those of GCC and Clang, as wide as the processor's.
  */
