@@ -18,11 +18,10 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 CLUSTER_CPUS = 4
 
 
-# The tests marked `ray`, whole files or single ones. Who shares the tests out among the processes of `-n` knows names
-# alone, no marks.
+# The tests marked `ray`, whole files or single ones, but for those of the benchmarks, which start a Ray of their own in
+# another process. Who shares the tests out among the processes of `-n` knows names alone, no marks.
+BENCHMARKS = "tests/benchmarks/"
 RAY_TESTS = (
-    "tests/benchmarks/test_scale.py",
-    "tests/benchmarks/test_speed.py::test_the_command_writes_the_table_and_the_numbers",
     "tests/test_cli.py::test_ray_workers_give_the_same_run_and_too_great_a_demand_is_said",
     "tests/test_cli_processes.py::test_ctrl_c_of_a_run_on_ray_leaves_a_checkpoint_and_no_process",
     "tests/test_driver_faults.py::test_a_driver_with_ray_workers_killed_leaves_no_process_and_resumes",
@@ -36,7 +35,7 @@ RAY_TESTS = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("ray") and not item.nodeid.startswith(RAY_TESTS):
+        if item.get_closest_marker("ray") and not item.nodeid.startswith((*RAY_TESTS, BENCHMARKS)):
             raise pytest.UsageError(f"{item.nodeid} starts Ray: name it in RAY_TESTS of tests/conftest.py")
 
 
