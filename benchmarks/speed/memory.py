@@ -2,7 +2,8 @@
 
 Each case runs in its own process. Memory first: every tensor is then a mapping of its own, given back when it is freed,
 so that the peak of the resident size is the peak of what lives; two whole steps go before, so that kernels, programs,
-compiled code and thread stacks are there already. Then the time, with the allocator set as raymeta's workers set theirs.
+compiled code and thread stacks are there already. Then the time, with the allocator set as raymeta's workers set
+theirs.
 
 The k stored inner states (the fast weights and the inner optimiser's own variables of every task) grow with k in any
 method that does not compute them again; what is judged is the rest.
