@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from raymeta.algorithms import MAML
+from raymeta.algorithms.gradient_learner import RECORDED_STEPS
 from raymeta.algorithms.program import RECORD_AFTER
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
+# Recorded step by step.
+MANY_STEPS: dict[str, Any] = {"inner_steps": RECORDED_STEPS + 2, "memory": "flat", "inner_rate": 0.02}
+
 
 @pytest.mark.parametrize("kind", ["mlp", "conv4", "transformer", "dropout"])
-@pytest.mark.parametrize("settings", [{"inner_steps": 2}, {"inner_steps": 3, "memory": "flat"}], ids=str)
+@pytest.mark.parametrize("settings", [{"inner_steps": 2}, {"inner_steps": 3, "memory": "flat"}, MANY_STEPS], ids=str)
 def test_the_graph_has_the_bits_of_the_program(small: Any, kind: str, settings: dict[str, Any]) -> None:
-    learner = MAML(inner_rate=0.1, **settings)
+    learner = MAML(**{"inner_rate": 0.1, **settings})
     model, params, batch = small.problem(learner, kind)
     on_cpu = learner.meta_gradient(model, params, batch, 0).gradient
     model = model.cuda()

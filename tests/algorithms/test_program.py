@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raymeta.algorithms import LEARNERS, MAML, Learner, in_place
+from raymeta.algorithms.cuda_graph import captured
 from raymeta.algorithms.gradient_learner import RECORDED_STEPS
 from raymeta.algorithms.program import MOST_PROGRAMS, RECORD_AFTER, Programs
 from raymeta.episodes import Episodes
@@ -114,6 +115,15 @@ def test_pieces_of_a_shape_that_comes_up_once_are_not_recorded(small: Any) -> No
         learner.meta_gradient(model, params, batch, 0)
         learner.meta_gradient(model, params, batch.select(0, 2), 0)
     assert len(programs.places) == 2
+
+
+def test_no_graph_takes_an_input_that_overlaps_itself() -> None:
+    """Its copy would lie otherwise than the program knows it."""
+
+    def program(tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
+
+    assert captured(program, [torch.ones(3, 1).expand(3, 4)]) is program
 
 
 def test_what_is_no_number_says_nothing_of_a_recording() -> None:
