@@ -145,8 +145,7 @@ class Amortised(LearnedMap, MAML):
         loop = rule.inner_loop(prepared, own, x, y, joined_mask(batch), None, None, self.fit_steps)
 
         def rates(params: Params, number: Number) -> Rates:
-            turn = math.pi * number / self.fit_steps
-            rate = 0.5 * self.fit_rate * (1 + (turn.cos() if isinstance(turn, Tensor) else math.cos(turn)))
+            rate = 0.5 * self.fit_rate * (1 + math.cos(math.pi * float(number) / self.fit_steps))
             return dict.fromkeys(model_params(params), rate)
 
         found = replace(loop, rates=rates).run(own)

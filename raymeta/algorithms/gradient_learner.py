@@ -251,9 +251,7 @@ class GradientLearner(Learner):
         given = Recordable.of(params, batch, replace(plan, rows=None, weights=None))
         count, others = len(given.tensors), given.key
         whole = (self, others, signature(given.tensors))
-        if model.programs.recording:
-            model.programs.seen[whole] += 1
-        often = model.programs.seen[whole] >= RECORD_PIECES_AFTER
+        often = model.programs.came_up(whole) >= RECORD_PIECES_AFTER
 
         def run(piece: Piece, number: int, tensors: list[Tensor]) -> list[Tensor]:
             of_step = () if plan.rows is None or number == len(plan.rows) else plan.rows[number]

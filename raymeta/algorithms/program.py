@@ -72,6 +72,11 @@ class Programs:
         finally:
             self.recording = before
 
+    def came_up(self, computation: Hashable) -> int:
+        """Counts it; how often it has come up."""
+        self.seen[computation] += self.recording
+        return self.seen[computation]
+
     def run(
         self,
         key: Any,
@@ -110,8 +115,7 @@ class Programs:
             return result
         place = whole if piece_of is None else piece_of
         if piece_of is None:
-            self.seen[place] += 1
-            often = self.seen[place] >= RECORD_AFTER
+            often = self.came_up(place) >= RECORD_AFTER
         free = place in self.places or len(self.places) < MOST_PROGRAMS
         # What is not a number is equal to nothing, and so says nothing of a recording.
         if often and free and all(bool(value.isfinite().all()) for value in result):

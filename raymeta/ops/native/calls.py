@@ -7,7 +7,7 @@ import ctypes
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,13 @@ def at(value: Tensor | None) -> int | None:
 def dense(value: Tensor | None) -> Tensor | None:
     """The value, in the order of its dimensions in memory."""
     return None if value is None else value.contiguous()
+
+
+def no_third_derivative(layer: str) -> NoReturn:
+    """Raises NotImplementedError: the kernels of `layer` end with the second one."""
+    raise NotImplementedError(
+        f"the {layer} of raymeta.ops.native has no third derivative; set algorithm.kernels=general"
+    )
 
 
 _library = torch.library.Library("raymeta", "DEF")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymeta.ops.native.calls import Kernel, at, dense, operation
+from raymeta.ops.native.calls import Kernel, at, dense, no_third_derivative, operation
 
 _SIZES = (ctypes.c_int64, ctypes.c_int64)
 _layer_norm = Kernel("layer_norm", 6, *_SIZES, ctypes.c_double)
@@ -155,6 +155,4 @@ class _LayerNormSecondBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "the layer norm of raymeta.ops.native has no third derivative; set algorithm.kernels=general"
-        )
+        no_third_derivative("layer norm")

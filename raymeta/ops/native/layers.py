@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raymeta.ops.folding import rows_in, rows_out
 from raymeta.ops.native import calls, operators
+from raymeta.ops.native.calls import no_third_derivative
 from raymeta.ops.native.layer_norm import layer_normalised
 from raymeta.ops.pooling import Window, max_pooled
 
@@ -256,9 +257,7 @@ class _NormaliseSecondBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "the batch norm of raymeta.ops.native has no third derivative; set algorithm.kernels=general"
-        )
+        no_third_derivative("batch norm")
 
 
 def _layer_norm(tasks: int, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
