@@ -78,6 +78,36 @@ def test_convolutions_are_torchs(
     close(to_weight, torch.stack([each[1] for each in given]), rows * y.shape[3] * y.shape[4])
 
 
+# What goes by Winograd's filtering: rows, channels, size, padding. Odd sizes and paddings; channels beyond a vector, a panel,
+# a block of the depth, and a weight that is not kept transformed; more tiles than a block has.
+WINOGRAD = [
+    ((9, 16, 16), (5, 8), (1, 1)), ((7, 17, 50), (8, 9), (0, 0)), ((3, 49, 16), (9, 6), (2, 1)),
+    ((2, 16, 40), (61, 60), (0, 2)), ((2, 150, 20), (8, 8), (1, 1)), ((3, 150, 260), (10, 4), (1, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize(("edges", "size", "padding"), WINOGRAD, ids=str)
+def test_fewer_products_are_torchs_convolution(
+    edges: tuple[int, int, int], size: tuple[int, int], padding: tuple[int, int], dtype: torch.dtype
+) -> None:
+    test_convolutions_are_torchs(edges, (size, (3, 3), (1, 1), padding, (1, 1)), dtype)
+
+
+def test_finite_differences_of_fewer_products() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(size, generator=draw).double().requires_grad_()
+        for size in [(1, 4, 16, 5, 4), (1, 16, 16, 3, 3), (1, 16)]
+    ]
+
+    def function(*inputs: Tensor) -> Tensor:
+        return under_vmap(lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1), *inputs)
+
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("rectify", [False, True])
 @pytest.mark.parametrize(("n", "channels"), [(2, 1), (31, 3), (33, 16), (64, 17), (65, 64), (257, 200)])
@@ -211,12 +241,12 @@ def test_a_third_derivative_of_a_convolution() -> None:
 
 def problem() -> list[Tensor]:
     draw = torch.Generator().manual_seed(2)
-    sizes = [(3, 5, 3, 9, 9), (3, 20, 3, 3, 3), (3, 20), (3, 20), (3, 20)]
+    sizes = [(3, 5, 3, 17, 17), (3, 20, 3, 3, 3), (3, 20), (3, 20), (3, 20), (3, 20, 20, 3, 3)]
     return [torch.randn(size, generator=draw).requires_grad_() for size in sizes]
 
 
-def block(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    y = F.conv2d(x, weight, bias, padding=1, stride=2)
+def block(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, second: Tensor) -> Tensor:
+    y = F.conv2d(F.conv2d(x, weight, bias, padding=1, stride=2), second, padding=1)  # the second by fewer products
     y = F.relu(F.batch_norm(y, None, None, scale, shift, training=True))
     return F.layer_norm(y, y.shape[2:], y[0, 0] + 2)
 
@@ -303,7 +333,7 @@ def test_a_weight_may_lie_anyhow() -> None:
 
 
 def test_a_batch_norm_with_a_relu_right_behind_it_is_one_kernel() -> None:
-    x, *_, scale, shift = problem()
+    x, _, _, scale, shift, _ = problem()
     x = x[:, :, :1].expand(-1, -1, 20, -1, -1)
 
     def layer(then: Callable[[Tensor], Tensor]) -> set[str]:

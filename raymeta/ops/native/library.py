@@ -25,14 +25,15 @@ from raymeta.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("convolution.c", "batch_norm.c", "layer_norm.c")
-HEADER = "vectors.h"
+SOURCES = ("convolution.c", "winograd.c", "batch_norm.c", "layer_norm.c")
+HEADERS = ("vectors.h", "tiles.h")
 # The processor's own instructions first; not every compiler knows a name for them, or OpenMP. (torch has loaded its
 # OpenMP already, and with it the threads: one of the same name is not loaded again.)
 _FLAGS = tuple(
     (*openmp, *processor) for openmp in (("-fopenmp",), ()) for processor in (("-march=native",), ("-mcpu=native",), ())
 )
-_COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-shared", "-fPIC")
+# Where the compiler may fuse a product and a sum as it likes, bits depend on how many threads share the work.
+_COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC")
 _SECONDS = 300
 
 WITHOUT = "install one (gcc or clang; CC names another), or set algorithm.kernels=task, which needs none"
@@ -76,7 +77,7 @@ def _compiler() -> list[str] | None:
 
 def _built(compiler: list[str], real: str) -> Path:
     folder = resources.files(__package__)
-    sources = {name: folder.joinpath(name).read_bytes() for name in (*SOURCES, HEADER)}
+    sources = {name: folder.joinpath(name).read_bytes() for name in (*SOURCES, *HEADERS)}
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False, timeout=_SECONDS).stdout
     flags = repr((real, _COMMON, _FLAGS))
     parts = [

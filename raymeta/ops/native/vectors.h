@@ -12,6 +12,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 /* So many vectors side by side, each with sums of its own, stay in registers. */
 #if defined(__AVX512F__)
@@ -43,6 +48,28 @@ static inline whole over(whole a, whole b) { return (a + b - 1) / b; }
 #define LANES ((whole)(VECTOR_BYTES / sizeof(REAL)))
 
 typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL))));
+
+/* Less zero, which is nothing; "plus zero" would be an addition, for the sake of -0, and cost a register. */
+INLINE Vector all_lanes(REAL value) { return value - (Vector){0}; }
+
+/* a b + c, rounded once where the processor can. Said outright, and the compiler forbidden to (-ffp-contract=off): left to
+ * itself GCC fuses in a tile of two rows and not in one of one (for some AMD processors), and bits depended on the rows. */
+INLINE Vector fused(Vector a, Vector b, Vector c) {
+    const int single = sizeof(REAL) == 4;
+#if defined(__AVX512F__)
+    if (single) return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    return (Vector)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    if (single) return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    return (Vector)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+    if (single) return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    return (Vector)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    (void)single;
+    return a * b + c;
+#endif
+}
 
 /* The first `count` lanes, zeros beyond. */
 INLINE Vector load(const REAL *from, whole count) {
