@@ -231,8 +231,13 @@ def _flops(name: str, args: tuple[Any, ...], result: Any) -> float:
     if "convolution_backward" in name:
         gradient, weight, wanted = args[0], args[2], args[10]
         return 2.0 * gradient.numel() * weight[0].numel() * (wanted[0] + wanted[1])
+    if "convolution_weight" in name:  # of our own, as the next two, whose weights are [T, K, C, h, w]
+        return 2.0 * args[1].numel() * result[0, 0].numel()
+    if "convolution_input" in name:
+        return 2.0 * args[0].numel() * args[1][0, 0].numel()
     if "convolution" in name:
-        return 2.0 * result.numel() * args[1][0].numel()
+        weight = args[1]
+        return 2.0 * result.numel() * (weight[0, 0] if weight.dim() == 5 else weight[0]).numel()
     if any(word in name for word in ("bmm", "mm.default", "method mm")) and isinstance(args[0], Tensor):
         return 2.0 * result.numel() * args[0].shape[-1]
     return 0.0

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from raymeta import build, cli
+from raymeta.algorithms.program import RECORD_AFTER
 from raymeta.config import load_config
 from raymeta.profile_text import where
-from raymeta.profiling import Candidate, profile
+from raymeta.profiling import Candidate, _Timed, profile
 
 SMALL = """
 tasks: {name: sinusoid, shots: 3, queries: 4}
 model: {name: mlp, hidden: [8]}
 algorithm: {name: maml, inner_steps: 2, inner_rate: 0.01}
 outer: {tasks_per_step: 6}
+workers: {backend: local}
+"""
+
+
+IMAGES = """
+tasks: {name: omniglot, ways: 2, shots: 1, queries: 1}
+model: {name: conv4, filters: 8}
+algorithm: {name: maml, inner_steps: 1}
+outer: {tasks_per_step: 2}
 workers: {backend: local}
 """
 
@@ -51,6 +62,28 @@ def test_every_candidate_is_measured_and_the_fastest_is_the_best(place: str) -> 
     assert found.gigaflops is not None
     assert 0 < found.gigaflops < found.matmul_gigaflops
     assert found.best.settings() in where(found)[-2]
+
+
+def test_arithmetic_is_counted_alike_for_all_kernels(tmp_path: Any) -> None:
+    """Of the same meta-gradient: by kernels of our own, by torch's."""
+    path = tmp_path / "images.yaml"
+    path.write_text(IMAGES)
+    config = load_config(str(path), [])
+    parts = build.check(config)
+    params = build.first_params(config, parts)
+    counts = {}
+    for kernels in ("native", "task"):
+        learner = replace(parts.learner, kernels=kernels)
+        batch = parts.source.tasks("train", range(2))
+        for _ in range(RECORD_AFTER + 1):
+            learner.meta_gradient(parts.model, params, batch, 0)
+        (program,) = learner.prepared(parts.model).programs.recorded.values()
+        timed = _Timed(program)
+        with torch.no_grad():
+            timed.run(learner.recorded_inputs(params, batch, 0))
+        counts[kernels] = timed.flops
+    # torch's multiply by the weights that all tasks share in the first step, and by the head's, otherwise.
+    assert counts["native"] == pytest.approx(counts["task"], rel=0.05)
 
 
 def test_the_command_prints_one_json_object(capsys: Any, place: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained, require_second_derivatives
+from raymeta.algorithms.features import FEATURES, features, last_layer, last_outputs
 from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Number, Rates
 from raymeta.algorithms.learner import Adapted, Learner, MiniBatches, Recordable, Statistics, StepPlan
 from raymeta.algorithms.outer_gradients import (
@@ -171,6 +172,7 @@ class GradientLearner(Learner):
         weights = self.weights(params)
         names = self.fast_names(tuple(weights))
         shared_names = [name for name in weights if name not in names]
+        layer = model.last_layers[names] if FEATURES in params else None
         count = len(support_x)
 
         def start(params: Params) -> Params:
@@ -180,8 +182,11 @@ class GradientLearner(Learner):
         def objective(fast: Params, params: Params, number: Number) -> Tensor:
             own = self.weights(params)
             x, y, mask = rows_of_step(support_x, support_y, support_mask, rows, number)
-            key = None if keys is None else derived_key(keys, number)
-            outputs = model.outputs(fast, {name: own[name] for name in shared_names}, x, mask, key)
+            if layer is not None:
+                outputs = last_outputs(model, layer, fast, params[FEATURES], mask)
+            else:
+                key = None if keys is None else derived_key(keys, number)
+                outputs = model.outputs(fast, {name: own[name] for name in shared_names}, x, mask, key)
             loss = self.losses(outputs, y, mask)
             if self.proximal_weight:
                 squares = [(fast[name] - own[name]).square().flatten(1).sum(1) for name in names]
@@ -192,6 +197,28 @@ class GradientLearner(Learner):
             return self.rates(params, names, number)
 
         return InnerLoop(steps, start, objective, rates, self.rule(), self.transformed)
+
+    def support_features(
+        self,
+        model: TaskModel,
+        params: Params,
+        support_x: Tensor,
+        support_mask: Tensor | None,
+        rows: MiniBatches | None,
+        steps: int,
+    ) -> Params:
+        """What the layers before the one that a task changes make of the support set, under `FEATURES`: to be added to
+        the outer parameters of its inner loop. Empty where the inner steps need the whole model."""
+        weights = self.weights(params)
+        names = self.fast_names(tuple(weights))
+        if rows is not None or steps < 2 or len(names) == len(weights):
+            return {}
+        layer = last_layer(model, weights, names, support_x[0])
+        if layer is None:
+            return {}
+        fast = {name: model.shared(weights[name], len(support_x)) for name in names}
+        shared = {name: value for name, value in weights.items() if name not in names}
+        return {FEATURES: features(model, layer, fast, shared, support_x, support_mask)}
 
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
         x = batch.support_x
@@ -229,11 +256,31 @@ class GradientLearner(Learner):
         return self.inner_steps <= RECORDED_STEPS
 
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
-        loop, query = self.training_loop(model, params, batch, plan), self.query(model, params, batch, plan)
-        weights = plan.weights
         if self.outer_gradient in ("exact", "implicit") and self.inner_steps:
             own = self.weights(params)
             require_second_derivatives(model, own, self.fast_names(tuple(own)), batch.support_x[0])
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+            found = self.support_features(
+                model, leaves, batch.support_x, batch.support_mask, plan.rows, self.inner_steps
+            )
+        if not found:
+            return self._through_steps(model, params, batch, plan)
+        result = self._through_steps(model, {**params, **_detached(found)}, batch, plan)
+        gradient = {name: value for name, value in result.gradient.items() if name in params}
+        if self.outer_gradient != "first_order":  # there the inner gradients are constants
+            others = torch.autograd.grad(
+                found[FEATURES], list(leaves.values()), result.gradient[FEATURES], allow_unused=True
+            )
+            for name, other in zip(leaves, others, strict=True):
+                if other is not None:
+                    gradient[name] = gradient[name] + other
+        return replace(result, gradient=gradient)
+
+    def _through_steps(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
+        """The outer gradient of `outer_gradient` and `memory`, in the outer parameters and in features among them."""
+        loop, query = self.training_loop(model, params, batch, plan), self.query(model, params, batch, plan)
+        weights = plan.weights
         if self.outer_gradient == "displacement":
             return displacement(loop, params, query)
         if self.outer_gradient == "implicit":
@@ -290,8 +337,10 @@ class GradientLearner(Learner):
         with explained(prepared, self.weights(params), support_x[0]):
             support = (support_x, support_y, support_mask)
             rows = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
-            loop = self.inner_loop(prepared, params, *support, rows, None, steps)
-            fast = loop.run(params)
+            with torch.no_grad():
+                found = self.support_features(prepared, params, support_x, support_mask, rows, steps)
+            loop = self.inner_loop(prepared, {**params, **found}, *support, rows, None, steps)
+            fast = loop.run({**params, **found})
             weights = self.weights(params)
             shared = {name: value for name, value in weights.items() if name not in fast}
             statistics = prepared.support_statistics(fast, shared, support_x, support_mask)
@@ -308,6 +357,10 @@ class GradientLearner(Learner):
         given = adapted.statistics if statistics == "support" else None
         with torch.no_grad():
             return self.prepared(model).outputs(adapted.fast, adapted.shared, query_x, query_mask, None, given)
+
+
+def _detached(values: Params) -> Params:
+    return {name: value.detach() for name, value in values.items()}
 
 
 def rows_of_step(

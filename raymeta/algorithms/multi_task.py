@@ -126,6 +126,8 @@ class MultiTask(MAML):
             return {**body, **head}
 
         def objective(fast: Params, params: Params, number: Number) -> Tensor:
+            if embedded is not None:
+                return self.losses(_scores(embedded, fast, absent), support_y, support_mask)
             x, y, mask = rows_of_step(support_x, support_y, support_mask, batches, number)
             return self.losses(_with_head(prepared, fast, shared, absent, x, mask, None), y, mask)
 
@@ -133,6 +135,10 @@ class MultiTask(MAML):
             return dict.fromkeys([*names, HEAD_WEIGHT, HEAD_BIAS], self.inner_rate)
 
         with explained(prepared, weights, support_x[0]):
+            embedded = None
+            if not names and batches is None:  # the same in every step
+                with torch.no_grad():
+                    embedded = prepared.outputs({}, shared, support_x, support_mask)
             fast = InnerLoop(steps, start, objective, rates, self.rule()).run(params)
             body = {name: fast[name] for name in names}
             statistics = prepared.support_statistics(body, shared, support_x, support_mask)
@@ -165,7 +171,11 @@ def _with_head(
 ) -> Tensor:
     """[T, B, N]: the embedding of x, and the task's own linear head on it; -inf for classes that it lacks."""
     body = {name: value for name, value in fast.items() if name not in (HEAD_WEIGHT, HEAD_BIAS, HEAD_ABSENT)}
-    embedded = model.outputs(body, shared, x, mask, None, given)
+    return _scores(model.outputs(body, shared, x, mask, None, given), fast, absent)
+
+
+def _scores(embedded: Tensor, fast: Params, absent: Tensor) -> Tensor:
+    """[T, B, N] of embedded [T, B, E]."""
     scores = embedded @ fast[HEAD_WEIGHT].transpose(1, 2) + fast[HEAD_BIAS][:, None]
     return scores.masked_fill(absent[:, None], -torch.inf)
 

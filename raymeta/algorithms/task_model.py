@@ -71,6 +71,8 @@ class TaskModel:
         self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
         # The sets of fast parameters for which no function without a second derivative was found.
         self.differentiable_twice: set[tuple[str, ...]] = set()
+        # For sets of fast parameters the last layer that has them all (`raymeta.algorithms.features`).
+        self.last_layers: dict[tuple[str, ...], str | None] = {}
         self.programs = Programs()
         self.recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
 
@@ -154,22 +156,42 @@ class TaskModel:
         with self.switch.set(), self._randomness(None):
             return self._forward({**self._own_buffers(), **params}, x)
 
+    def called(self, params: Params, x: Tensor, mask: Tensor | None, part: nn.Module | None = None) -> Tensor:
+        """[B, ...] what the module, or a part of it, puts out for the rows x [B, ...] of one task, without dropout.
+
+        Args:
+            params: of all of its parameters, without a task dimension.
+            mask: [B] bool, the rows that count in batch statistics; None: all.
+        """
+        with self.switch.set(mask=mask), self._randomness(None):
+            return self._forward(params, x, part)
+
+    def rehearsed(self, params: Params, x: Tensor) -> tuple[Tensor, int]:
+        """[B, ...] what the module puts out in training for the rows x [B, ...] of one task, without vmap, and how many
+        dropouts drew."""
+        key = torch.zeros((), dtype=torch.int64, device=x.device)
+        with self.switch.set(), self._randomness(key) as draws:
+            outputs = functional_call(self.module, {**self._own_buffers(), **params}, (x,))
+        return outputs, draws.calls
+
     def _own_buffers(self) -> Params:
         """Copies, for a module that writes to its buffers: every call finds them as they were at first."""
         return {name: value.clone() for name, value in self.module.named_buffers()}
 
-    def _forward(self, params: Params, x: Tensor) -> Tensor:
+    def _forward(self, params: Params, x: Tensor, part: nn.Module | None = None) -> Tensor:
+        module = self.module if part is None else part
         if self.precision != "bfloat16":
-            return functional_call(self.module, params, (x,))
+            return functional_call(module, params, (x,))
         # The cache of cast weights would keep a weight of one task or inner step for the next.
         with torch.autocast(x.device.type, dtype=torch.bfloat16, cache_enabled=False):
-            return functional_call(self.module, params, (x,)).float()
+            return functional_call(module, params, (x,)).float()
 
     @contextlib.contextmanager
-    def _randomness(self, key: Tensor | None) -> Iterator[None]:
+    def _randomness(self, key: Tensor | None) -> Iterator[KeyedDropout]:
         self.module.train(key is not None)
-        with KeyedDropout(key) if key is not None else contextlib.nullcontext():
-            yield
+        draws = KeyedDropout(torch.zeros(()) if key is None else key)
+        with draws if key is not None else contextlib.nullcontext():
+            yield draws
 
 
 def chosen_kernels(kernels: Kernels, module: nn.Module) -> Kernels:

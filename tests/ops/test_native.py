@@ -78,8 +78,8 @@ def test_convolutions_are_torchs(
     close(to_weight, torch.stack([each[1] for each in given]), rows * y.shape[3] * y.shape[4])
 
 
-# What goes by Winograd's filtering: rows, channels, size, padding. Odd sizes and paddings; channels beyond a vector, a panel,
-# a block of the depth, and a weight that is not kept transformed; more tiles than a block has.
+# What goes by Winograd's filtering: rows, channels, size, padding. Odd sizes and paddings; channels beyond a vector, a
+# panel, a block of the depth, and a weight that is not kept transformed; more tiles than a block has.
 WINOGRAD = [
     ((9, 16, 16), (5, 8), (1, 1)), ((7, 17, 50), (8, 9), (0, 0)), ((3, 49, 16), (9, 6), (2, 1)),
     ((2, 16, 40), (61, 60), (0, 2)), ((2, 150, 20), (8, 8), (1, 1)), ((3, 150, 260), (10, 4), (1, 1)),

@@ -105,7 +105,7 @@ def _for_each(value: Tensor, tasks: int) -> Tensor:
 def _convolution(tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> Tensor:
     if len(weight) == 1 and (bias is None or len(bias) == 1):  # one weight for all: the tasks are so many more rows
         rows = rows_in(x, 0).unsqueeze(0)
-        result = rows_out(_Forward.apply(_last(rows), weight, bias, places)[0], len(x))
+        result = rows_out(_Forward.apply(_last(rows), weight, bias, places).squeeze(0), len(x))
         return _for_each(result, tasks)
     bias = None if bias is None else _for_each(bias, tasks)
     result = _Forward.apply(_last(_for_each(x, tasks)), _for_each(weight, tasks), bias, places)

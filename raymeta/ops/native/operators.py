@@ -49,9 +49,8 @@ def channels_last(x: Tensor) -> Tensor:
     """x [T, B, C, ...], dense with its channels last in memory; x itself where it lies so."""
     if x.dim() == 3:
         return x.contiguous()
-    if x.stride() == _activation_strides(x.shape):
-        return x
-    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    lying = x.permute(0, 1, 3, 4, 2)
+    return x if lying.is_contiguous() else lying.contiguous().permute(0, 1, 4, 2, 3)
 
 
 def shared_weight(weight: Tensor, tasks: int) -> Tensor:
