@@ -29,7 +29,7 @@ WITHOUT_GENERATED = "algorithm.generated=0"
 VARIANTS = {
     "omniglot-5w1s-maml-longer": ("omniglot-5w1s-maml", ["outer.steps=9000", "evaluation.every_steps=2250"]),
     "omniglot-5w1s-r2d2-longer": ("omniglot-5w1s-r2d2", ["outer.steps=3500", "evaluation.every_steps=875"]),
-    "omniglot-5w1s-anil-longer": ("omniglot-5w1s-anil", ["outer.steps=7000", "evaluation.every_steps=1750"]),
+    "omniglot-5w1s-anil-longer": ("omniglot-5w1s-anil", ["outer.steps=12000", "evaluation.every_steps=3000"]),
     "omniglot-5w1s-first-order-maml-longer": (
         "omniglot-5w1s-first-order-maml",
         ["outer.steps=8000", "evaluation.every_steps=2000"],
