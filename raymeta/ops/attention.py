@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymeta.ops.product import product
+
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -65,6 +67,6 @@ def self_attention(given: SelfAttention, linear: Linear) -> Tensor:
     """
     split = linear(given.rows.transpose(0, 1), given.weight, given.bias).unflatten(-1, (3, given.heads, -1))
     queries, keys, values = split.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # [N, H, L, D]
-    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(2, 3)
-    found = torch.softmax(scores, -1) @ values
+    scores = product(queries * queries.shape[-1] ** -0.5, keys, "nt")
+    found = product(torch.softmax(scores, -1), values)
     return linear(found.transpose(1, 2).flatten(2), given.out_weight, given.out_bias).transpose(0, 1)

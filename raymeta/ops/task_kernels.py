@@ -24,6 +24,7 @@ from raymeta.ops.convolution import Geometry, Pair, convolution
 from raymeta.ops.native import layers
 from raymeta.ops.normalisation import batch_normalised
 from raymeta.ops.pooling import Window, max_pooled
+from raymeta.ops.product import linear
 from raymeta.ops.rectifier import rectified
 
 
@@ -180,11 +181,12 @@ def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mod
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # All rows of a task in one product: for further dimensions that do not lie in order, such as those of attention,
-    # vmap's rule multiplies each place by a copy of the weight of its own, and adds up as many gradients of it.
-    if input.dim() < 3 or not _known(input):
+    alike = (
+        weight.dim() == 2 and input.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    )
+    if not alike or not input.numel() or not _alike(input, weight, bias) or torch.is_autocast_enabled("cpu"):
         return F.linear(input, weight, bias)
-    return F.linear(input.flatten(0, -2), weight, bias).unflatten(0, input.shape[:-1])
+    return linear(input, weight, bias)
 
 
 def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -221,10 +223,15 @@ def _known(x: Tensor) -> bool:
 
 def _real(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels of our own know it, and the others are of the same type."""
+    return _alike(x, *others) and x.dtype in (torch.float32, torch.float64)
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels know it, and the others are of the same type."""
     alike = all(other is None or (other.device, other.dtype) == (x.device, x.dtype) for other in others)
     # A layer on what is the same for all tasks (a buffer, by a weight that nobody adapts) is no task's.
     of_tasks = any(other is not None and _functorch.is_batchedtensor(other) for other in (x, *others))
-    return of_tasks and alike and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return of_tasks and alike and _known(x)
 
 
 def _pair(value: int | tuple[int, ...]) -> Pair:

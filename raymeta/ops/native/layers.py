@@ -11,13 +11,13 @@ Legend: T tasks, B rows, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from raymeta.ops.folding import rows_in, rows_out
+from raymeta.ops.mapped import for_each, over_tasks
 from raymeta.ops.native import calls, operators
 from raymeta.ops.native.calls import no_third_derivative
 from raymeta.ops.native.layer_norm import layer_normalised
@@ -44,7 +44,7 @@ class Places(NamedTuple):
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> Tensor:
     """Under vmap, [B, C', H', W'] from x [B, C, H, W], weight [C', C, h, w] and bias [C']. Differentiable any number of
     times."""
-    return _over_tasks(_convolution, x, weight, bias, places)
+    return over_tasks(_convolution, x, weight, bias, places)
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> bool:
@@ -58,57 +58,26 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> bool
 
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:
     """Under vmap, the batch norm of x [B, C, ...] by the statistics of its own rows, and max(., 0) with `rectify`."""
-    return _over_tasks(_normalised, x, weight, bias, eps, rectify)
+    return over_tasks(_normalised, x, weight, bias, eps, rectify)
 
 
 def layer_norm(x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Under vmap, the layer norm of x over its last dimensions, which have `size` numbers, as weight and bias have."""
-    return _over_tasks(_layer_norm, x, size, weight, bias, eps)
+    return over_tasks(_layer_norm, x, size, weight, bias, eps)
 
 
 def pooled(x: Tensor, window: Window) -> Tensor:
     """Under vmap, the max-pooling of x [B, C, H, W]: all rows of all tasks alike."""
-    return _over_tasks(_pooled, x, window)
-
-
-def _over_tasks(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    result: Tensor = _OverTasks.apply(function, *arguments)
-    return result
-
-
-class _OverTasks(torch.autograd.Function):
-    """Leaves vmap: calls the function with an explicit task dimension where the caller sees one task. A tensor that is
-    the same for all tasks has 1 there."""
-
-    @staticmethod
-    def forward(*_: Any) -> Any:
-        raise AssertionError("called outside vmap")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], function: Any, *arguments: Any) -> tuple[Tensor, int]:
-        moved = []
-        for argument, task_dim in zip(arguments, in_dims[1:], strict=True):
-            if isinstance(argument, Tensor):
-                argument = argument.unsqueeze(0) if task_dim is None else argument.movedim(task_dim, 0)
-            moved.append(argument)
-        return function(info.batch_size, *moved), 0
-
-
-def _for_each(value: Tensor, tasks: int) -> Tensor:
-    return value.expand(tasks, *value.shape[1:])
+    return over_tasks(_pooled, x, window)
 
 
 def _convolution(tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> Tensor:
     if len(weight) == 1 and (bias is None or len(bias) == 1):  # one weight for all: the tasks are so many more rows
         rows = rows_in(x, 0).unsqueeze(0)
         result = rows_out(_Forward.apply(_last(rows), weight, bias, places).squeeze(0), len(x))
-        return _for_each(result, tasks)
-    bias = None if bias is None else _for_each(bias, tasks)
-    result = _Forward.apply(_last(_for_each(x, tasks)), _for_each(weight, tasks), bias, places)
+        return for_each(result, tasks)
+    bias = None if bias is None else for_each(bias, tasks)
+    result = _Forward.apply(_last(for_each(x, tasks)), for_each(weight, tasks), bias, places)
     return result
 
 
@@ -201,8 +170,8 @@ class _ChannelSums(torch.autograd.Function):
 
 
 def _normalised(tasks: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:
-    x = _last(_for_each(x, tasks))
-    weight, bias = (None if value is None else _for_each(value, tasks) for value in (weight, bias))
+    x = _last(for_each(x, tasks))
+    weight, bias = (None if value is None else for_each(value, tasks) for value in (weight, bias))
     result: Tensor = _Normalise.apply(x, weight, bias, eps, rectify)
     return result
 
@@ -261,10 +230,10 @@ class _NormaliseSecondBackward(torch.autograd.Function):
 
 
 def _layer_norm(tasks: int, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    x = _for_each(x, tasks)
-    weight, bias = (None if each is None else _for_each(each, tasks).reshape(tasks, size) for each in (weight, bias))
+    x = for_each(x, tasks)
+    weight, bias = (None if each is None else for_each(each, tasks).reshape(tasks, size) for each in (weight, bias))
     return layer_normalised(x.reshape(tasks, -1, size), weight, bias, eps).view(x.shape)
 
 
 def _pooled(tasks: int, x: Tensor, window: Window) -> Tensor:
-    return _for_each(rows_out(max_pooled(rows_in(x, 0), window), len(x)), tasks)
+    return for_each(rows_out(max_pooled(rows_in(x, 0), window), len(x)), tasks)
