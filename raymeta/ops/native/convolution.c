@@ -2,6 +2,8 @@
  * and to the weight. Legend in vectors.h. */
 #include "tiles.h"
 
+/* What is read again and again is kept to so much: a part of a second-level cache. */
+#define NEXT_BYTES ((whole)262144)
 /* So many positions at a time are copied together for the weight's sums. */
 #define POSITIONS 192
 
@@ -35,17 +37,19 @@ static int see(
     return 1;
 }
 
-/* result [T, B, height, width, out] = bias + for each position the sum over what it sees of source [T, B, source_height,
- * source_width, in] times the weight; rows `row` to `last_row` of tasks `first` to `last`. */
+/* result [T, B, out_height, out_width, out_channels] = bias + for each position the sum over what it sees of the source
+ * times the weight; rows `row` to `last_row` of tasks `first` to `last`. `backwards`: g is `exchanged`, and a position of
+ * the result sees what saw it. */
 static int gathered(
-    const REAL *source, Weight weight, const REAL *bias, REAL *result, whole B, whole source_height, whole source_width,
-    whole in, whole height, whole width, whole out, whole taps_down, whole taps_along, const Seen *down, const Seen
-    *along, whole first, whole last, whole row, whole last_row
+    const REAL *source, const REAL *weight, const REAL *bias, REAL *result, const Geometry *g, int backwards, whole first,
+    whole last, whole row, whole last_row
 ) {
     if (row >= last_row) return 0;
-    whole padded = over(out, LANES) * LANES, taps_all = taps_down * taps_along;
-    whole source_step = source_height * source_width * in, result_step = height * width * out;
-    int lies = weight.out_step == 1 && out == padded; /* as it is read */
+    whole in = g->in_channels, out = g->out_channels, padded = over(out, LANES) * LANES, taps_all = g->height * g->width;
+    whole source_step = g->in_height * g->in_width * in, result_step = g->out_height * g->out_width * out;
+    int lies = g->out_step == 1 && out == padded; /* as it is read */
+    whole in_step = lies ? g->in_step : padded, width_step = lies ? g->width_step : in * padded;
+    whole height_step = lies ? g->height_step : g->width * in * padded;
     whole weight_bytes = taps_all * in * padded * (whole)sizeof(REAL);
     /* Parts of the depth, for a tile's columns of their weights to stay in a cache; and of the rows, for theirs to. */
     whole parts = over(in, most(16, NEXT_BYTES / (taps_all * WIDE * VECTOR_BYTES)));
@@ -54,40 +58,44 @@ static int gathered(
     REAL *packed = lies ? 0 : calloc(1, (size_t)weight_bytes);
     whole *place = malloc((size_t)taps_all * sizeof(whole));
     const REAL **factor = malloc((size_t)taps_all * sizeof(REAL *));
-    int failed = (!lies && !packed) || !place || !factor;
+    Seen down = {0}, along = {0};
+    int failed = (!lies && !packed) || !place || !factor || !see(
+        &down, g->out_height, g->height, g->in_height, g->stride_height, g->padding_height, g->dilation_height, backwards
+    ) || !see(
+        &along, g->out_width, g->width, g->in_width, g->stride_width, g->padding_width, g->dilation_width, backwards
+    );
     Taps taps = {0, place, factor};
     for (whole t = first; t < last && !failed; t++) {
-        Weight w = weight;
-        w.first += t * w.task_step;
+        const REAL *w = weight + t * g->task_step;
         if (!lies) {
-            for (whole i = 0; i < taps_down; i++)
-                for (whole j = 0; j < taps_along; j++) {
-                    const REAL *tap = w.first + i * w.height_step + j * w.width_step;
-                    REAL *to = packed + (i * taps_along + j) * in * padded;
-                    packed_rows(tap, w.in_step, w.out_step, in, out, to, padded);
-                }
-            w = (Weight){packed, 0, 1, padded, taps_along * in * padded, in * padded};
+            for (whole i = 0; i < g->height; i++)
+                for (whole j = 0; j < g->width; j++)
+                    packed_rows(
+                        w + i * g->height_step + j * g->width_step, g->in_step, g->out_step, in, out,
+                        packed + i * height_step + j * width_step, padded
+                    );
+            w = packed;
         }
         for (whole block = 0; block < blocks; block++) {
             whole b = row + (last_row - row) * block / blocks, rows = row + (last_row - row) * (block + 1) / blocks - b;
-            const REAL *from = source + (t * B + b) * source_step;
-            REAL *to = result + (t * B + b) * result_step;
+            const REAL *from = source + (t * g->rows + b) * source_step;
+            REAL *to = result + (t * g->rows + b) * result_step;
             for (whole column = 0; column < out; column += COLUMNS)
                 for (whole part = 0; part < parts; part++) {
                     whole c = in * part / parts, depth = in * (part + 1) / parts - c;
-                    for (whole p = 0; p < height; p++)
-                        for (whole q = 0; q < width; q++) {
+                    for (whole p = 0; p < g->out_height; p++)
+                        for (whole q = 0; q < g->out_width; q++) {
                             taps.count = 0;
-                            for (whole i = down->from[p]; i < down->from[p + 1]; i++)
-                                for (whole j = along->from[q]; j < along->from[q + 1]; j++) {
-                                    place[taps.count] = (down->place[i] * source_width + along->place[j]) * in + c;
-                                    factor[taps.count++] = w.first + down->tap[i] * w.height_step
-                                        + along->tap[j] * w.width_step + c * w.in_step + column;
+                            for (whole i = down.from[p]; i < down.from[p + 1]; i++)
+                                for (whole j = along.from[q]; j < along.from[q + 1]; j++) {
+                                    place[taps.count] = (down.place[i] * g->in_width + along.place[j]) * in + c;
+                                    factor[taps.count++] = w + down.tap[i] * height_step + along.tap[j] * width_step
+                                        + c * in_step + column;
                                 }
                             gather(
-                                from, source_step, &taps, depth, w.in_step, bias ? bias + t * out + column : 0,
-                                to + (p * width + q) * out + column, result_step, rows, least(out - column, COLUMNS),
-                                part > 0
+                                from, source_step, &taps, depth, in_step, bias ? bias + t * out + column : 0,
+                                to + (p * g->out_width + q) * out + column, result_step, rows,
+                                least(out - column, COLUMNS), part > 0
                             );
                         }
                 }
@@ -96,42 +104,6 @@ static int gathered(
     free(packed);
     free(place);
     free(factor);
-    return failed;
-}
-
-/* F(x, w) + bias. */
-static int convolution_part(
-    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last, whole row,
-    whole last_row
-) {
-    Seen down = {0}, along = {0};
-    Weight w = {weight, g->task_step, g->out_step, g->in_step, g->height_step, g->width_step};
-    int failed = !see(
-        &down, g->out_height, g->height, g->in_height, g->stride_height, g->padding_height, g->dilation_height, 0
-    ) || !see(&along, g->out_width, g->width, g->in_width, g->stride_width, g->padding_width, g->dilation_width, 0);
-    failed = failed || gathered(
-        x, w, bias, y, g->rows, g->in_height, g->in_width, g->in_channels, g->out_height, g->out_width, g->out_channels,
-        g->height, g->width, &down, &along, first, last, row, last_row
-    );
-    free(down.from);
-    free(along.from);
-    return failed;
-}
-
-/* I(gradient, w): what the gradient of the output sends to the input. */
-static int convolution_input_part(
-    const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last, whole row, whole
-    last_row
-) {
-    Seen down = {0}, along = {0};
-    Weight w = {weight, g->task_step, g->in_step, g->out_step, g->height_step, g->width_step};
-    int failed = !see(
-        &down, g->in_height, g->height, g->out_height, g->stride_height, g->padding_height, g->dilation_height, 1
-    ) || !see(&along, g->in_width, g->width, g->out_width, g->stride_width, g->padding_width, g->dilation_width, 1);
-    failed = failed || gathered(
-        gradient, w, 0, x, g->rows, g->out_height, g->out_width, g->out_channels, g->in_height, g->in_width,
-        g->in_channels, g->height, g->width, &down, &along, first, last, row, last_row
-    );
     free(down.from);
     free(along.from);
     return failed;
@@ -236,19 +208,22 @@ static int by_winograd(const Geometry *g) {
     return 4 * products >= 5 * fewer && g->rows * (products - fewer) >= 96;
 }
 
-/* For all tasks. */
+/* F(x, w) + bias, for all tasks. */
 int convolution(
     const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole tasks, int threads
 ) {
     if (by_winograd(g)) return winograd(x, weight, bias, y, g, tasks, threads);
-    BY_THREADS(convolution_part(x, weight, bias, y, g, SPLIT(g->rows, 1)))
+    BY_THREADS(gathered(x, weight, bias, y, g, 0, SPLIT(g->rows, 1)))
 }
 
+/* I(gradient, w): what the gradient of the output sends to the input. */
 int convolution_input(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole tasks, int threads) {
     if (by_winograd(g)) return winograd_input(gradient, weight, x, g, tasks, threads);
-    BY_THREADS(convolution_input_part(gradient, weight, x, g, SPLIT(g->rows, 1)))
+    Geometry back = exchanged(g);
+    BY_THREADS(gathered(gradient, weight, 0, x, &back, 1, SPLIT(g->rows, 1)))
 }
 
+/* W(x, gradient). */
 int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole tasks, int threads) {
     if (by_winograd(g)) return winograd_weight(x, gradient, weight, g, tasks, threads);
     whole step = g->in_channels < TALL ? TALL : 1; /* those of an image go together */

@@ -11,8 +11,6 @@
 #define PANEL ((whole)48)
 /* So many rows of a panel and of COLUMNS stay in a first-level cache. */
 #define NEAR_ROWS ((whole)96)
-/* What is read again and again is kept to so much: a part of a second-level cache. */
-#define NEXT_BYTES ((whole)262144)
 
 typedef struct {
     whole rows, in_height, in_width, in_channels, out_height, out_width, out_channels;
@@ -21,11 +19,14 @@ typedef struct {
     whole task_step, out_step, in_step, height_step, width_step;
 } Geometry;
 
-/* A weight [out, in, height, width] as it is read; steps in elements. */
-typedef struct {
-    const REAL *first;
-    whole task_step, out_step, in_step, height_step, width_step;
-} Weight;
+/* A convolution whose input is this one's output: in and out exchanged, of a weight too. */
+static inline Geometry exchanged(const Geometry *g) {
+    Geometry other = *g;
+    other.in_height = g->out_height, other.in_width = g->out_width, other.in_channels = g->out_channels;
+    other.out_height = g->in_height, other.out_width = g->in_width, other.out_channels = g->in_channels;
+    other.out_step = g->in_step, other.in_step = g->out_step;
+    return other;
+}
 
 /* `winograd.c`, of what `convolution.c` takes. */
 int winograd(const REAL *, const REAL *, const REAL *, REAL *, const Geometry *, whole tasks, int threads);
@@ -45,30 +46,30 @@ INLINE void gather_tile(
     REAL *y, whole y_step, whole width, int more
 ) {
     Vector sum[TALL][WIDE];
-UNROLL
+    UNROLL
     for (int w = 0; w < wide; w++) {
         Vector start = {0};
         if (bias) start = load(bias + w * LANES, width - w * LANES);
-UNROLL
+        UNROLL
         for (int r = 0; r < tall; r++) sum[r][w] = more ? load(y + r * y_step + w * LANES, width - w * LANES) : start;
     }
     for (whole tap = 0; tap < taps->count; tap++) {
         const REAL *weight = taps->weight[tap], *from = x + taps->place[tap];
         for (whole d = 0; d < depth; d++, weight += weight_step) {
             Vector factor[WIDE];
-UNROLL
+            UNROLL
             for (int w = 0; w < wide; w++) factor[w] = *(const Vector *)(weight + w * LANES);
-UNROLL
+            UNROLL
             for (int r = 0; r < tall; r++) {
                 Vector value = all_lanes(from[r * x_step + d]);
-UNROLL
+                UNROLL
                 for (int w = 0; w < wide; w++) sum[r][w] = fused(value, factor[w], sum[r][w]);
             }
         }
     }
-UNROLL
+    UNROLL
     for (int r = 0; r < tall; r++)
-UNROLL
+        UNROLL
         for (int w = 0; w < wide; w++) store(y + r * y_step + w * LANES, sum[r][w], width - w * LANES);
 }
 

@@ -21,6 +21,25 @@
 #define KEPT_BYTES 2097152
 #define LARGE_BLOCK_BYTES 4194304
 
+/* The transforms along one side of a tile: B', A, G and G' of it. (A' is in `output_tile`, where a bias begins its sums.) */
+INLINE void by_input(const Vector d[4], Vector to[4]) {
+    to[0] = d[0] - d[2], to[1] = d[1] + d[2], to[2] = d[2] - d[1], to[3] = d[1] - d[3];
+}
+
+INLINE void by_gradient(const Vector a[2], Vector to[4]) {
+    to[0] = a[0], to[1] = a[0] + a[1], to[2] = a[0] - a[1], to[3] = -a[1];
+}
+
+INLINE void by_weight(const Vector g[3], Vector to[4]) {
+    Vector ends = (REAL)0.5 * (g[0] + g[2]), middle = (REAL)0.5 * g[1];
+    to[0] = g[0], to[1] = ends + middle, to[2] = ends - middle, to[3] = g[2];
+}
+
+INLINE void back_to_weight(const Vector m[4], Vector to[3]) {
+    Vector both = (REAL)0.5 * (m[1] + m[2]);
+    to[0] = m[0] + both, to[1] = (REAL)0.5 * (m[1] - m[2]), to[2] = both + m[3];
+}
+
 /* The 16 places of an image [height, width, C] from (h, l) on; those outside it are zeros. */
 typedef struct {
     const REAL *at[4][4];
@@ -38,24 +57,22 @@ static inline Places places(const REAL *x, whole height, whole width, whole C, w
 
 /* B' d B of one vector of channels, to v[point * step]. */
 INLINE void input_vector(const Places *places, whole c, REAL *v, whole step, whole count) {
-    Vector t[4][4];
+    Vector half[4][4]; /* by columns, which are then its rows */
     UNROLL
     for (int j = 0; j < 4; j++) {
-        Vector d[4];
+        Vector d[4], one[4];
         UNROLL
         for (int i = 0; i < 4; i++) d[i] = load(places->at[i][j] + c, count);
-        t[0][j] = d[0] - d[2];
-        t[1][j] = d[1] + d[2];
-        t[2][j] = d[2] - d[1];
-        t[3][j] = d[1] - d[3];
+        by_input(d, one);
+        UNROLL
+        for (int i = 0; i < 4; i++) half[i][j] = one[i];
     }
     UNROLL
     for (int i = 0; i < 4; i++) {
-        REAL *to = v + 4 * i * step;
-        store(to, t[i][0] - t[i][2], count);
-        store(to + step, t[i][1] + t[i][2], count);
-        store(to + 2 * step, t[i][2] - t[i][1], count);
-        store(to + 3 * step, t[i][1] - t[i][3], count);
+        Vector one[4];
+        by_input(half[i], one);
+        UNROLL
+        for (int j = 0; j < 4; j++) store(v + (4 * i + j) * step, one[j], count);
     }
 }
 
@@ -97,78 +114,74 @@ static void output_tile(
 /* A a A' of the 2 x 2 places of an image [height, width, K] from (p, q) on, to z[point * step], for channels `k` to
  * k + COLUMNS, with zeros beyond `K`. */
 static void gradient_tile(
-    const REAL *a, whole height, whole width, whole K, whole p, whole q, whole k, REAL *z, whole step
+    const REAL *gradient, whole height, whole width, whole K, whole p, whole q, whole k, REAL *z, whole step
 ) {
-    const REAL *at = a + (p * width + q) * K;
+    const REAL *at = gradient + (p * width + q) * K;
     int below = p + 1 < height, beside = q + 1 < width;
     for (whole w = 0; w < WIDE; w++, k += LANES, z += LANES) {
         const Vector none = {0};
         whole count = most(0, K - k);
-        Vector one[2][2] = {
-            {load(at + k, count), beside ? load(at + K + k, count) : none},
-            {below ? load(at + width * K + k, count) : none, below && beside ? load(at + (width + 1) * K + k, count) : none},
-        };
-        Vector t[4][2];
+        Vector a[2][2] = {
+            {load(at + k, count), below ? load(at + width * K + k, count) : none},
+            {beside ? load(at + K + k, count) : none, below && beside ? load(at + (width + 1) * K + k, count) : none},
+        }; /* by columns */
+        Vector half[4][2];
         UNROLL
         for (int j = 0; j < 2; j++) {
-            t[0][j] = one[0][j];
-            t[1][j] = one[0][j] + one[1][j];
-            t[2][j] = one[0][j] - one[1][j];
-            t[3][j] = -one[1][j];
+            Vector one[4];
+            by_gradient(a[j], one);
+            UNROLL
+            for (int i = 0; i < 4; i++) half[i][j] = one[i];
         }
         UNROLL
         for (int i = 0; i < 4; i++) {
-            REAL *to = z + 4 * i * step;
-            *(Vector *)to = t[i][0];
-            *(Vector *)(to + step) = t[i][0] + t[i][1];
-            *(Vector *)(to + 2 * step) = t[i][0] - t[i][1];
-            *(Vector *)(to + 3 * step) = -t[i][1];
+            Vector one[4];
+            by_gradient(half[i], one);
+            UNROLL
+            for (int j = 0; j < 4; j++) *(Vector *)(z + (4 * i + j) * step) = one[j];
         }
     }
 }
 
 /* G w G' of `depth` channels of the input and at most COLUMNS of the output: u[point, depth, COLUMNS]; `packed` has room
  * for 9 of 16 points. */
-static void weight_block(Weight w, whole depth, whole columns, REAL *packed, REAL *u) {
-    const REAL half = (REAL)0.5;
+static void weight_block(const REAL *w, const Geometry *g, whole depth, whole columns, REAL *packed, REAL *u) {
     whole step = depth * COLUMNS;
     for (int i = 0; i < 3; i++)
-        for (int j = 0; j < 3; j++) {
-            const REAL *tap = w.first + i * w.height_step + j * w.width_step;
-            packed_rows(tap, w.in_step, w.out_step, depth, columns, packed + (3 * i + j) * step, COLUMNS);
-        }
+        for (int j = 0; j < 3; j++)
+            packed_rows(
+                w + i * g->height_step + j * g->width_step, g->in_step, g->out_step, depth, columns,
+                packed + (3 * i + j) * step, COLUMNS
+            );
     for (whole at = 0; at < step; at += LANES) {
-        Vector t[4][3];
+        Vector half[4][3];
         UNROLL
         for (int j = 0; j < 3; j++) {
-            Vector g[3];
+            Vector tap[3], one[4];
             UNROLL
-            for (int i = 0; i < 3; i++) g[i] = *(const Vector *)(packed + (3 * i + j) * step + at);
-            Vector ends = half * (g[0] + g[2]), middle = half * g[1];
-            t[0][j] = g[0];
-            t[1][j] = ends + middle;
-            t[2][j] = ends - middle;
-            t[3][j] = g[2];
+            for (int i = 0; i < 3; i++) tap[i] = *(const Vector *)(packed + (3 * i + j) * step + at);
+            by_weight(tap, one);
+            UNROLL
+            for (int i = 0; i < 4; i++) half[i][j] = one[i];
         }
         UNROLL
         for (int i = 0; i < 4; i++) {
-            REAL *to = u + 4 * i * step + at;
-            Vector ends = half * (t[i][0] + t[i][2]), middle = half * t[i][1];
-            *(Vector *)to = t[i][0];
-            *(Vector *)(to + step) = ends + middle;
-            *(Vector *)(to + 2 * step) = ends - middle;
-            *(Vector *)(to + 3 * step) = t[i][2];
+            Vector one[4];
+            by_weight(half[i], one);
+            UNROLL
+            for (int j = 0; j < 4; j++) *(Vector *)(u + (4 * i + j) * step + at) = one[j];
         }
     }
 }
 
 /* y [T, B, P, Q, K] from x [T, B, H, W, C], rows `row` to `last_row` of tasks `first` to `last`. */
 static int filtered(
-    const REAL *x, Weight weight, const REAL *bias, REAL *y, whole B, whole H, whole W, whole C,
-    whole P, whole Q, whole K, whole padding_height, whole padding_width, whole first, whole last, whole row, whole
-    last_row
+    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last, whole row,
+    whole last_row
 ) {
-    whole along = over(Q, 2), of_image = over(P, 2) * along, tiles = (last_row - row) * of_image;
+    whole C = g->in_channels, K = g->out_channels, B = g->rows, H = g->in_height, W = g->in_width;
+    whole P = g->out_height, Q = g->out_width, along = over(Q, 2), of_image = over(P, 2) * along;
+    whole tiles = (last_row - row) * of_image;
     whole column_blocks = over(K, COLUMNS);
     whole depth_most = most(16, BLOCK_BYTES / 2 / (POINTS * COLUMNS * (whole)sizeof(REAL)));
     whole depth_blocks = over(C, depth_most);
@@ -191,8 +204,8 @@ static int filtered(
             for (whole n = 0; n < count; n++) {
                 whole b = row + (begin + n) / of_image, place = (begin + n) % of_image;
                 Places seen = places(
-                    x + (t * B + b) * H * W * C, H, W, C, place / along * 2 - padding_height,
-                    place % along * 2 - padding_width, zeros
+                    x + (t * B + b) * H * W * C, H, W, C, place / along * 2 - g->padding_height,
+                    place % along * 2 - g->padding_width, zeros
                 );
                 input_tile(&seen, 0, C, v + n * C, v_step);
             }
@@ -202,9 +215,8 @@ static int filtered(
                     whole c = C * part / depth_blocks, depth = C * (part + 1) / depth_blocks - c;
                     REAL *own = kept ? u + POINTS * COLUMNS * (block * C + c) : u;
                     if (!kept || !begin) {
-                        Weight w = weight;
-                        w.first += t * w.task_step + column * w.out_step + c * w.in_step;
-                        weight_block(w, depth, columns, packed, own);
+                        const REAL *w = weight + t * g->task_step + column * g->out_step + c * g->in_step;
+                        weight_block(w, g, depth, columns, packed, own);
                     }
                     for (whole point = 0; point < POINTS; point++) {
                         whole place = 0;
@@ -236,28 +248,25 @@ static int filtered(
 /* G' m G of `depth` channels of the input and at most COLUMNS of the output, m[point, PANEL, COLUMNS], to a weight
  * [3, 3, C, K] from `to` on, whose taps are `step` apart. */
 static void weight_from(const REAL *m, whole depth, whole columns, REAL *to, whole step, whole K) {
-    const REAL half = (REAL)0.5;
     for (whole d = 0; d < depth; d++)
         for (whole k = 0; k < columns; k += LANES) {
-            Vector t[3][4];
+            Vector half[3][4];
             UNROLL
             for (int j = 0; j < 4; j++) {
-                Vector one[4];
+                Vector sum[4], one[3];
                 UNROLL
                 for (int i = 0; i < 4; i++)
-                    one[i] = *(const Vector *)(m + ((4 * i + j) * PANEL + d) * COLUMNS + k);
-                Vector both = half * (one[1] + one[2]);
-                t[0][j] = one[0] + both;
-                t[1][j] = half * (one[1] - one[2]);
-                t[2][j] = both + one[3];
+                    sum[i] = *(const Vector *)(m + ((4 * i + j) * PANEL + d) * COLUMNS + k);
+                back_to_weight(sum, one);
+                UNROLL
+                for (int i = 0; i < 3; i++) half[i][j] = one[i];
             }
             UNROLL
             for (int i = 0; i < 3; i++) {
-                REAL *at = to + 3 * i * step + d * K + k;
-                Vector both = half * (t[i][1] + t[i][2]);
-                store(at, t[i][0] + both, columns - k);
-                store(at + step, half * (t[i][1] - t[i][2]), columns - k);
-                store(at + 2 * step, both + t[i][3], columns - k);
+                Vector one[3];
+                back_to_weight(half[i], one);
+                UNROLL
+                for (int j = 0; j < 3; j++) store(to + (3 * i + j) * step + d * K + k, one[j], columns - k);
             }
         }
 }
@@ -320,39 +329,20 @@ static int filtered_weight(
     return failed;
 }
 
-static int filtered_forward(
-    const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole first, whole last, whole row,
-    whole last_row
-) {
-    Weight w = {weight, g->task_step, g->out_step, g->in_step, g->height_step, g->width_step};
-    return filtered(
-        x, w, bias, y, g->rows, g->in_height, g->in_width, g->in_channels, g->out_height, g->out_width,
-        g->out_channels, g->padding_height, g->padding_width, first, last, row, last_row
-    );
-}
-
-static int filtered_input(
-    const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole first, whole last, whole row, whole
-    last_row
-) {
-    const REAL *turned = weight + 2 * g->height_step + 2 * g->width_step;
-    Weight w = {turned, g->task_step, g->in_step, g->out_step, -g->height_step, -g->width_step};
-    return filtered(
-        gradient, w, 0, x, g->rows, g->out_height, g->out_width, g->out_channels, g->in_height,
-        g->in_width, g->in_channels, 2 - g->padding_height, 2 - g->padding_width, first, last, row, last_row
-    );
-}
-
 /* For all tasks; of what `convolution`, `convolution_input`, `convolution_weight` take, what is 3 x 3 at a stride and a
  * dilation of 1. */
 int winograd(
     const REAL *x, const REAL *weight, const REAL *bias, REAL *y, const Geometry *g, whole tasks, int threads
 ) {
-    BY_THREADS(filtered_forward(x, weight, bias, y, g, SPLIT(g->rows, 1)))
+    BY_THREADS(filtered(x, weight, bias, y, g, SPLIT(g->rows, 1)))
 }
 
 int winograd_input(const REAL *gradient, const REAL *weight, REAL *x, const Geometry *g, whole tasks, int threads) {
-    BY_THREADS(filtered_input(gradient, weight, x, g, SPLIT(g->rows, 1)))
+    Geometry turned = exchanged(g);
+    turned.padding_height = 2 - g->padding_height, turned.padding_width = 2 - g->padding_width;
+    turned.height_step = -g->height_step, turned.width_step = -g->width_step; /* from the last tap on */
+    const REAL *last = weight + 2 * g->height_step + 2 * g->width_step;
+    return winograd(gradient, last, 0, x, &turned, tasks, threads);
 }
 
 int winograd_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole tasks, int threads) {
