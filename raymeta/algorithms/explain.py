@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raymeta.algorithms.outer_gradients import as_leaves
 from raymeta.algorithms.task_model import FOREIGN_DRAW, TaskModel, exact_kernels
 from raymeta.errors import InputError
 from raymeta.params import Params
@@ -59,7 +60,7 @@ def require_second_derivatives(model: TaskModel, params: Params, fast: tuple[str
     if fast in model.differentiable_twice:
         return
     with torch.enable_grad(), exact_kernels(model.recurrent):
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        leaves = as_leaves(params)
         outputs = model.alone(leaves, x)
         if outputs.requires_grad:
             wanted = [leaves[name] for name in fast]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raymeta.algorithms.outer_gradients import as_leaves
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.params import Params
 
@@ -46,17 +47,17 @@ def _ends(model: TaskModel, layer: str, params: Params, fast: tuple[str, ...], x
     )
     try:
         with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+            leaves = as_leaves(params)
             outputs, draws = model.rehearsed(leaves, x)
             if draws or len(seen) != 1:
                 return False
             (args, kwargs, last) = seen[0]
             if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or last is not outputs:
                 return False
-            features = args[0]
-            if len(features) != len(x) or not features.requires_grad:  # without a layer before there is nothing to gain
+            given = args[0]
+            if len(given) != len(x) or not given.requires_grad:  # without a layer before there is nothing to gain
                 return False
-            reached = torch.autograd.grad(features.sum(), [leaves[name] for name in fast], allow_unused=True)
+            reached = torch.autograd.grad(given.sum(), [leaves[name] for name in fast], allow_unused=True)
     finally:
         handle.remove()
     return all(gradient is None for gradient in reached)

@@ -24,10 +24,12 @@ from raymeta.algorithms.outer_gradients import (
     Query,
     QueryResult,
     RunPiece,
+    as_leaves,
     displacement,
     flat,
     implicit,
     unrolled,
+    vector_jacobian,
 )
 from raymeta.algorithms.program import signature
 from raymeta.algorithms.task_model import TaskModel
@@ -198,7 +200,7 @@ class GradientLearner(Learner):
 
         return InnerLoop(steps, start, objective, rates, self.rule(), self.transformed)
 
-    def support_features(
+    def with_features(
         self,
         model: TaskModel,
         params: Params,
@@ -207,18 +209,18 @@ class GradientLearner(Learner):
         rows: MiniBatches | None,
         steps: int,
     ) -> Params:
-        """What the layers before the one that a task changes make of the support set, under `FEATURES`: to be added to
-        the outer parameters of its inner loop. Empty where the inner steps need the whole model."""
+        """The outer parameters, and under `FEATURES` what the layers before the one that a task changes make of the
+        support set, on which its inner loop works then; without it where the inner steps need the whole model."""
         weights = self.weights(params)
         names = self.fast_names(tuple(weights))
         if rows is not None or steps < 2 or len(names) == len(weights):
-            return {}
+            return params
         layer = last_layer(model, weights, names, support_x[0])
         if layer is None:
-            return {}
+            return params
         fast = {name: model.shared(weights[name], len(support_x)) for name in names}
         shared = {name: value for name, value in weights.items() if name not in names}
-        return {FEATURES: features(model, layer, fast, shared, support_x, support_mask)}
+        return {**params, FEATURES: features(model, layer, fast, shared, support_x, support_mask)}
 
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
         x = batch.support_x
@@ -260,21 +262,16 @@ class GradientLearner(Learner):
             own = self.weights(params)
             require_second_derivatives(model, own, self.fast_names(tuple(own)), batch.support_x[0])
         with torch.enable_grad():
-            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-            found = self.support_features(
-                model, leaves, batch.support_x, batch.support_mask, plan.rows, self.inner_steps
-            )
-        if not found:
+            leaves = as_leaves(params)
+            support = batch.support_x, batch.support_mask
+            found = self.with_features(model, leaves, *support, plan.rows, self.inner_steps).get(FEATURES)
+        if found is None:
             return self._through_steps(model, params, batch, plan)
-        result = self._through_steps(model, {**params, **_detached(found)}, batch, plan)
-        gradient = {name: value for name, value in result.gradient.items() if name in params}
+        result = self._through_steps(model, {**params, FEATURES: found.detach()}, batch, plan)
+        gradient = {name: result.gradient[name] for name in params}
         if self.outer_gradient != "first_order":  # there the inner gradients are constants
-            others = torch.autograd.grad(
-                found[FEATURES], list(leaves.values()), result.gradient[FEATURES], allow_unused=True
-            )
-            for name, other in zip(leaves, others, strict=True):
-                if other is not None:
-                    gradient[name] = gradient[name] + other
+            others = vector_jacobian([found], list(leaves.values()), [result.gradient[FEATURES]])
+            gradient = {name: own + other for (name, own), other in zip(gradient.items(), others, strict=True)}
         return replace(result, gradient=gradient)
 
     def _through_steps(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
@@ -338,9 +335,9 @@ class GradientLearner(Learner):
             support = (support_x, support_y, support_mask)
             rows = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
             with torch.no_grad():
-                found = self.support_features(prepared, params, support_x, support_mask, rows, steps)
-            loop = self.inner_loop(prepared, {**params, **found}, *support, rows, None, steps)
-            fast = loop.run({**params, **found})
+                given = self.with_features(prepared, params, support_x, support_mask, rows, steps)
+            loop = self.inner_loop(prepared, given, *support, rows, None, steps)
+            fast = loop.run(given)
             weights = self.weights(params)
             shared = {name: value for name, value in weights.items() if name not in fast}
             statistics = prepared.support_statistics(fast, shared, support_x, support_mask)
@@ -357,10 +354,6 @@ class GradientLearner(Learner):
         given = adapted.statistics if statistics == "support" else None
         with torch.no_grad():
             return self.prepared(model).outputs(adapted.fast, adapted.shared, query_x, query_mask, None, given)
-
-
-def _detached(values: Params) -> Params:
-    return {name: value.detach() for name, value in values.items()}
 
 
 def rows_of_step(

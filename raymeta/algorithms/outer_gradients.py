@@ -46,11 +46,12 @@ class OuterGradient:
     metric: Tensor
 
 
-def _leaves(params: Mapping[str, Tensor]) -> Params:
+def as_leaves(params: Mapping[str, Tensor]) -> Params:
+    """The same values, each where a graph begins."""
     return {name: value.detach().requires_grad_() for name, value in params.items()}
 
 
-def _gradient(outputs: list[Tensor], inputs: list[Tensor], adjoints: list[Tensor] | None = None) -> list[Tensor]:
+def vector_jacobian(outputs: list[Tensor], inputs: list[Tensor], adjoints: list[Tensor] | None = None) -> list[Tensor]:
     """Vector-Jacobian products of those outputs that have a graph; 0 for inputs that they do not reach."""
     chosen = [i for i, output in enumerate(outputs) if output.requires_grad]
     if not chosen:
@@ -63,9 +64,9 @@ def _gradient(outputs: list[Tensor], inputs: list[Tensor], adjoints: list[Tensor
 def direct(params: Params, query: Callable[[Params], QueryResult]) -> OuterGradient:
     """The plain gradient of a query loss that depends on the outer parameters without an inner loop."""
     with torch.enable_grad():
-        leaves = _leaves(params)
+        leaves = as_leaves(params)
         result = query(leaves)
-        gradient = _gradient([result.loss.sum()], list(leaves.values()))
+        gradient = vector_jacobian([result.loss.sum()], list(leaves.values()))
     return OuterGradient(dict(zip(leaves, gradient, strict=True)), result.loss.detach(), result.metric.detach())
 
 
@@ -79,7 +80,7 @@ def unrolled(
             state. None: the final state's loss alone.
     """
     with torch.enable_grad():
-        leaves = _leaves(params)
+        leaves = as_leaves(params)
         state = loop.first_state(leaves)
         losses: list[Tensor] = []
         for number in range(loop.steps):
@@ -89,7 +90,7 @@ def unrolled(
         result = query(state["fast"], leaves)
         losses.append(result.loss if weights is None else weights[-1] * result.loss)
         total = sum((loss.sum() for loss in losses[1:]), losses[0].sum())
-    gradient = _gradient([total], list(leaves.values()))
+    gradient = vector_jacobian([total], list(leaves.values()))
     return OuterGradient(dict(zip(leaves, gradient, strict=True)), result.loss.detach(), result.metric.detach())
 
 
@@ -140,20 +141,20 @@ def flat(
         parameters."""
         *values, weight = tensors
         with torch.enable_grad():
-            leaves, fast = _leaves(given.params), _leaves(dict(zip(fast_names, values, strict=True)))
+            leaves, fast = as_leaves(given.params), as_leaves(dict(zip(fast_names, values, strict=True)))
             result = given.query(fast, leaves)
-            found = _gradient([weight * result.loss.sum()], [*fast.values(), *leaves.values()])
+            found = vector_jacobian([weight * result.loss.sum()], [*fast.values(), *leaves.values()])
         return [result.loss.detach(), result.metric.detach(), *found]
 
     def pulled_back(given: Given, number: Number, tensors: list[Tensor]) -> list[Tensor]:
         """The adjoint of s_i, and what it gives the outer parameters, from s_i and the adjoint of s_{i+1}."""
         count = len(tensors) // 2
         with torch.enable_grad():
-            leaves = _leaves(given.params)
+            leaves = as_leaves(given.params)
             inputs = [tensor.detach().requires_grad_() for tensor in tensors[:count]]
             state = rebuild_state(first, inputs)
             outputs = flatten_state(given.loop.step(state, leaves, number, second_order=True))
-            return _gradient(outputs, [*inputs, *leaves.values()], tensors[count:])
+            return vector_jacobian(outputs, [*inputs, *leaves.values()], tensors[count:])
 
     total = {name: torch.zeros_like(value) for name, value in params.items()}
 
@@ -177,8 +178,8 @@ def flat(
             _, _, more = through_query(state, number, weights[number - 1])
             adjoint = [a + b for a, b in zip(adjoint, more, strict=True)]
     with torch.enable_grad():
-        leaves = _leaves(params)
-        _add(total, _gradient(flatten_state(loop.first_state(leaves)), list(leaves.values()), adjoint))
+        leaves = as_leaves(params)
+        _add(total, vector_jacobian(flatten_state(loop.first_state(leaves)), list(leaves.values()), adjoint))
     return OuterGradient(total, loss, metric)
 
 
@@ -218,9 +219,9 @@ def implicit(
     constants = {name: value.detach() for name, value in params.items()}
     fast = loop.run(params)
     with torch.enable_grad():
-        leaves = _leaves(fast)
+        leaves = as_leaves(fast)
         result = query(leaves, constants)
-        right = _gradient([result.loss.sum()], list(leaves.values()))
+        right = vector_jacobian([result.loss.sum()], list(leaves.values()))
         objective = loop.objective(leaves, constants, loop.steps)
         slope = torch.autograd.grad(objective.sum(), list(leaves.values()), create_graph=True)
 

@@ -169,8 +169,8 @@ class TaskModel:
     def rehearsed(self, params: Params, x: Tensor) -> tuple[Tensor, int]:
         """[B, ...] what the module puts out in training for the rows x [B, ...] of one task, without vmap, and how many
         dropouts drew."""
-        key = torch.zeros((), dtype=torch.int64, device=x.device)
-        with self.switch.set(), self._randomness(key) as draws:
+        self.module.train()
+        with self.switch.set(), KeyedDropout(torch.zeros((), dtype=torch.int64, device=x.device)) as draws:
             outputs = functional_call(self.module, {**self._own_buffers(), **params}, (x,))
         return outputs, draws.calls
 
@@ -187,11 +187,10 @@ class TaskModel:
             return functional_call(module, params, (x,)).float()
 
     @contextlib.contextmanager
-    def _randomness(self, key: Tensor | None) -> Iterator[KeyedDropout]:
+    def _randomness(self, key: Tensor | None) -> Iterator[None]:
         self.module.train(key is not None)
-        draws = KeyedDropout(torch.zeros(()) if key is None else key)
-        with draws if key is not None else contextlib.nullcontext():
-            yield draws
+        with KeyedDropout(key) if key is not None else contextlib.nullcontext():
+            yield
 
 
 def chosen_kernels(kernels: Kernels, module: nn.Module) -> Kernels:

@@ -181,10 +181,9 @@ def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mod
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    alike = (
-        weight.dim() == 2 and input.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
-    )
-    if not alike or not input.numel() or not _alike(input, weight, bias) or torch.is_autocast_enabled("cpu"):
+    fits = weight.dim() == 2 and input.shape[-1:] == weight.shape[1:]
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])  # else torch says what is wrong
+    if not fits or not input.numel() or not _alike(input, weight, bias) or torch.is_autocast_enabled("cpu"):
         return F.linear(input, weight, bias)
     return linear(input, weight, bias)
 
