@@ -16,7 +16,8 @@ class IMAML(MAML):
     It is the derivative of theta* only as far as the inner loop has converged: more `inner_steps`, a larger
     `proximal_weight` (lambda), and more `solver_steps` bring it nearer. Memory does not grow with the steps.
 
-    Departs from the paper: plain gradient descent inside (the paper's Hessian-free variant takes Newton steps).
+    Departs from the paper: plain gradient descent inside (the paper's Hessian-free variant takes Newton steps), and
+    conjugate gradients end where I + H / lambda is found not to be positive definite, where (6) does not hold.
     """
 
     inner_rate: float = 0.1

@@ -215,6 +215,9 @@ def implicit(
     weight * I + H; conjugate gradients solve (weight * I + H) x = weight * v, task by task, all tasks at once. That is
     the derivative of theta* only where the inner loop has converged. The inner rule's `weight_decay` is part of the
     problem that it solves, and adds itself to H.
+
+    Where weight * I + H is not positive definite, theta* is no minimum of the support loss and (6) no derivative:
+    conjugate gradients end there, as in Newton methods (Nocedal and Wright 2006, algorithm 7.1), with what they have.
     """
     constants = {name: value.detach() for name, value in params.items()}
     fast = loop.run(params)
@@ -239,7 +242,8 @@ def conjugate_gradient(
 ) -> list[Tensor]:
     """Solves A x = b for T systems at once; every tensor has a leading T, and A is block-diagonal over it.
 
-    A system whose residual is 0, or too small for its squares to be told from 0, is solved and stays as it is.
+    A system whose residual is 0, or too small for its squares to be told from 0, is solved and stays as it is. So does
+    one from the first direction on along which A has a negative curvature; its x is b if that is the first of all.
     """
 
     def dot(left: list[Tensor], other: list[Tensor]) -> Tensor:
@@ -252,15 +256,18 @@ def conjugate_gradient(
     solution = [torch.zeros_like(value) for value in right]
     residual, direction = list(right), list(right)
     squared = dot(residual, residual)
-    for _ in range(steps):
+    ended = squared == 0
+    for step in range(steps):
         moved = product(direction)
         curvature = dot(direction, moved)
-        solved = (squared == 0) | (curvature == 0)
-        length = torch.where(solved, torch.zeros_like(squared), squared / torch.where(solved, 1.0, curvature))
-        solution = [a + b for a, b in zip(solution, scaled(length, direction), strict=True)]
+        ended = ended | (curvature <= 0)  # not by a nan, which is to be seen in the result
+        length = torch.where(ended, torch.zeros_like(squared), squared / torch.where(ended, 1.0, curvature))
+        forward = torch.where(curvature < 0, 1.0, length) if step == 0 else length
+        solution = [a + b for a, b in zip(solution, scaled(forward, direction), strict=True)]
         residual = [a - b for a, b in zip(residual, scaled(length, moved), strict=True)]
         after = dot(residual, residual)
-        ratio = torch.where(solved, torch.zeros_like(squared), after / torch.where(solved, 1.0, squared))
+        ended = ended | (after == 0)
+        ratio = torch.where(ended, torch.zeros_like(squared), after / torch.where(ended, 1.0, squared))
         direction = [a + b for a, b in zip(residual, scaled(ratio, direction), strict=True)]
         squared = after
     return solution

@@ -23,6 +23,7 @@ from raymeta.algorithms import (
     PrototypicalNetworks,
     Reptile,
 )
+from raymeta.algorithms.outer_gradients import conjugate_gradient
 from raymeta.episodes import Episodes
 from raymeta.params import ParameterLayout
 
@@ -164,6 +165,28 @@ def test_imaml_at_convergence(quadratic: Any, weight_decay: float) -> None:
     # And it is what exact differentiation through as many steps gives.
     exact = dataclasses.replace(learner, outer_gradient="exact", memory="flat")
     close(exact.meta_gradient(model, exact.init(model, 0), batch, 0).gradient, sum(expected))
+
+
+def test_conjugate_gradients_end_where_the_curvature_is_negative() -> None:
+    """Three systems at once: A is positive definite, has -1 along b, has a negative curvature along a later direction.
+
+    The third: the first step is one of steepest descent, of length b.b / b.Ab; the next direction is conjugate to it.
+    """
+    matrices = torch.stack([torch.diag(torch.tensor(each).double()) for each in ([2.0, 3, 4], [-1, 5, 6], [4, -1, 2])])
+    right = torch.tensor([[1.0, 1, 1], [2, 0, 0], [1, 1, 1]]).double()
+
+    def product(vector: list[Tensor]) -> list[Tensor]:
+        return [(matrices @ vector[0].unsqueeze(-1)).squeeze(-1)]
+
+    (found,) = conjugate_gradient(product, [right], 10)
+    close(found[0], 1 / torch.tensor([2, 3, 4]).double())
+    assert torch.equal(found[1], right[1])
+    close(found[2], right[2] * 3 / 5)
+    # Each is what it is alone.
+    for task in range(3):
+        alone, each = matrices[task : task + 1], right[task : task + 1]
+        (one,) = conjugate_gradient(lambda v, a=alone: [(a @ v[0].unsqueeze(-1)).squeeze(-1)], [each], 10)
+        assert torch.equal(one[0], found[task])
 
 
 class Bilinear(nn.Module):
