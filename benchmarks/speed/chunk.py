@@ -76,7 +76,6 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     keep_freed_memory()
-    program.RECORD_BELOW_SECONDS = float("inf")  # else it is the machine's load that decides
     for kernels in ("general", "task"):
         call = chunk(options.model, kernels, options.tasks, options.steps)
         call()

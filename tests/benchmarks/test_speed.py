@@ -136,6 +136,7 @@ def test_a_turn_is_neither_one_moment_nor_an_hour() -> None:
     assert steps_in_turn(1e-6) == 50
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_the_command_writes_the_table_and_the_numbers(tmp_path: Path) -> None:
     output = tmp_path / "results.md"

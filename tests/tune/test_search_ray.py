@@ -164,10 +164,13 @@ def test_a_search_that_a_signal_ended_is_resumed_with_the_same_bits(tmp_path: Pa
 @pytest.mark.parametrize(
     "scheduler",
     [
-        {"name": "asha", "grace_period": 2, "reduction_factor": 2},
-        {"name": "median_stopping", "grace_period": 2, "min_samples_required": 1},
+        pytest.param({"name": "asha", "grace_period": 2, "reduction_factor": 2}, id="asha"),
+        pytest.param(
+            {"name": "median_stopping", "grace_period": 2, "min_samples_required": 1},
+            id="median_stopping",
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=lambda scheduler: scheduler["name"],
 )
 def test_a_resumed_search_stops_whom_it_would_have_stopped(tmp_path: Path, scheduler: dict[str, Any]) -> None:
     space = {"outer.rate": {"grid": [3e-2, 1e-7, 1e-8]}}
@@ -218,6 +221,7 @@ def test_a_search_that_was_killed_is_resumed_by_the_same_command(tmp_path: Path)
     assert "3 trials: 3 finished" in done.stdout
 
 
+@pytest.mark.long
 def test_a_population_hands_weights_on(tmp_path: Path) -> None:
     scheduler = {"name": "population_based", "perturbation_interval": 2, "quantile_fraction": 0.5, "synch": True}
     plan = sinusoids(
