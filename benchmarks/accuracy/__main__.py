@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import signal
 import sys
 from pathlib import Path
-
-import torch
 
 from benchmarks.accuracy.rows import rows
 from benchmarks.accuracy.run import recorded, row
@@ -31,17 +27,13 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     home = given.output if given.overrides else HERE  # what ships is of the recipes as they are
     record, table = given.record or home / "measured", given.table or home / "RESULTS.md"
-    machine = (
-        f"Machine: {os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
-        f"torch {torch.__version__}."
-    )
     found = {name: known for name in rows([]) if (known := recorded(name, record, given.overrides))}
     for name in rows(given.rows):
         if name not in found:
             print(f"row {name}", file=sys.stderr, flush=True)
             found[name] = row(name, given.output, record, given.overrides)
-        table.write_text(tables(list(found.values()), machine))  # after each row: what is there is there
-    print(tables(list(found.values()), machine))
+        table.write_text(tables(list(found.values())))  # after each row: what is there is there
+    print(tables(list(found.values())))
 
 
 if __name__ == "__main__":

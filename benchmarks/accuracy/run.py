@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -62,6 +64,7 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
         "steps": config.outer.steps,
         "test": test,
         "torch": torch.__version__,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         KERNELS: RunDirectory(place).read_config()["algorithm"]["kernels"],
         "date": time.strftime("%Y-%m-%d"),
     }

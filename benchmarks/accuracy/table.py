@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from benchmarks.accuracy.rows import OMNIGLOT, PAPERS, SINUSOID, SINUSOID_PAPERS, SINUSOID_SHOTS, WITHOUT_GENERATED
 from benchmarks.accuracy.run import KERNELS, TORCH_KERNELS
 
 
-def tables(found: list[dict[str, Any]], machine: str) -> str:
-    """Both tables, what they stand for, and the machine."""
+def tables(found: list[dict[str, Any]]) -> str:
+    """Both tables, what they stand for, and the machines: that of most rows, and those of others with a mark each."""
+    machines = [name for name, _ in Counter(map(_machine, found)).most_common()]
+    marks = {name: "\N{PRIME}" * place for place, name in enumerate(machines)}
+    where = "; ".join(f"minutes with {marks[name]}: {name}" if marks[name] else name for name in machines)
     classification = [row for row in found if row["recipe"].startswith(OMNIGLOT)]
     regression = [row for row in found if row["recipe"].startswith(SINUSOID)]
     generative = [row for row in found if "without" in row]
     lines = [
         "# What each learner reaches",
         "",
-        f"`python -m benchmarks.accuracy`. {machine} Minutes are of the whole command, with its test.",
+        f"`python -m benchmarks.accuracy`. Minutes are of the whole command, with its test. Machine: {where}.",
         "",
         "Omniglot, 5-way 1-shot, Vinyals split by character, 1,000 test tasks with 15 queries a class, mean and 95 %",
         "interval, the checkpoint chosen on validation, seed 0. Transductive: batch norms see the queries together;",
@@ -26,13 +30,13 @@ def tables(found: list[dict[str, Any]], machine: str) -> str:
         "",
         "| `raymeta train` | outer steps | minutes | inner steps at test | transductive % | inductive % | paper % |",
         "|---|---|---|---|---|---|---|",
-        *(_classification(row) for row in sorted(classification, key=lambda row: -row["test"]["batch"]["mean"])),
+        *(_classification(row, marks) for row in sorted(classification, key=lambda row: -row["test"]["batch"]["mean"])),
         "",
         "Sinusoids, trained with 10 shots, 1,000 test tasks, mean squared error at 5, 10 and 20 shots.",
         "",
         "| `raymeta train` | outer steps | minutes | 5 shots | 10 shots | 20 shots | paper |",
         "|---|---|---|---|---|---|---|",
-        *(_regression(row) for row in sorted(regression, key=lambda row: row["shots"]["10"]["mean"])),
+        *(_regression(row, marks) for row in sorted(regression, key=lambda row: row["shots"]["10"]["mean"])),
         "",
         *(_generated(generative) if generative else []),
     ]
@@ -57,18 +61,24 @@ def _generated(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _classification(row: dict[str, Any]) -> str:
+def _classification(row: dict[str, Any], marks: dict[str, str]) -> str:
     test = row["test"]
     figure, source = PAPERS.get(row["recipe"].removeprefix(OMNIGLOT), ("", ""))
     paper = f"{figure} ({source})" if figure else ""
     steps = test["batch"]["inner_steps"] or "none"
     values = [_percent(test[kind]) for kind in ("batch", "support")]
     command = row["command"].removeprefix("raymeta train ")
-    return f"| `{command}` | {row['steps']:,} | {_minutes(row)} | {steps} | {values[0]} | {values[1]} | {paper} |"
+    return (
+        f"| `{command}` | {row['steps']:,} | {_minutes(row, marks)} | {steps} | {values[0]} | {values[1]} | {paper} |"
+    )
 
 
-def _minutes(row: dict[str, Any]) -> str:
-    minutes = f"{row['seconds'] / 60:.1f}"
+def _machine(row: dict[str, Any]) -> str:
+    return f"{row['machine']}, torch {row['torch']}"
+
+
+def _minutes(row: dict[str, Any], marks: dict[str, str]) -> str:
+    minutes = f"{row['seconds'] / 60:.1f}{marks[_machine(row)]}"
     return f"({minutes})" if row.get(KERNELS, TORCH_KERNELS) == TORCH_KERNELS and OMNIGLOT in row["recipe"] else minutes
 
 
@@ -76,11 +86,11 @@ def _percent(test: dict[str, Any]) -> str:
     return f"{100 * test['mean']:.2f} ± {100 * test['ci95']:.2f}"
 
 
-def _regression(row: dict[str, Any]) -> str:
+def _regression(row: dict[str, Any], marks: dict[str, str]) -> str:
     values = [row["shots"][str(shots)] for shots in SINUSOID_SHOTS]
     shown = " | ".join(mean_squared_error(value["mean"], value["ci95"]) for value in values)
     paper = SINUSOID_PAPERS.get(row["recipe"].removeprefix(SINUSOID), "")
-    return f"| `{row['recipe']}` | {row['steps']:,} | {row['seconds'] / 60:.1f} | {shown} | {paper} |"
+    return f"| `{row['recipe']}` | {row['steps']:,} | {_minutes(row, marks)} | {shown} | {paper} |"
 
 
 def mean_squared_error(mean: float, ci95: float) -> str:

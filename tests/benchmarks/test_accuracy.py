@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.accuracy.rows import VARIANTS, recipe_of, rows
+from benchmarks.accuracy.table import tables
 from raymeta.config import load_config
 
 PROJECT = Path(__file__).parents[2]
@@ -41,6 +43,11 @@ def test_rows_are_run_once_and_make_both_tables(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert not list((tmp_path / "runs").iterdir())
     assert (tmp_path / "RESULTS.md").read_text() == table
+    # Minutes of another machine than most rows' say so.
+    marked = tables([found, found, regression | {"machine": "8 cores, another"}])
+    assert f"Machine: {found['machine']}, torch {torch.__version__}; minutes with \N{PRIME}: 8 cores, another" in marked
+    assert f"{regression['seconds'] / 60:.1f}\N{PRIME} |" in marked
+    assert marked.count("\N{PRIME}") == 2
 
 
 @pytest.mark.long
