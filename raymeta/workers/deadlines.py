@@ -17,7 +17,8 @@ class Deadlines:
 
     Attributes:
         first_seconds: a call of a kind that has no measured time yet (kernels are compiled in it) is given up then.
-        least_seconds: no call is given up earlier.
+        least_seconds: no call is given up earlier. One call among the first dozens records its computation
+            (`algorithms/program.py`), for half a minute on a slow core, more where other work is beside.
         factor: a call is given up after so many times its expected time.
         straggler_factor: after so many times its expected time, and `straggler_seconds` at least, its work goes to
             workers that have none as well; the first result stands.
@@ -27,7 +28,7 @@ class Deadlines:
     """
 
     first_seconds: float = 900.0
-    least_seconds: float = 60.0
+    least_seconds: float = 180.0
     factor: float = 20.0
     straggler_factor: float = 2.0
     straggler_seconds: float = 0.5
