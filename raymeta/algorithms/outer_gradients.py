@@ -256,17 +256,16 @@ def conjugate_gradient(
     solution = [torch.zeros_like(value) for value in right]
     residual, direction = list(right), list(right)
     squared = dot(residual, residual)
-    ended = squared == 0
+    ended = torch.zeros_like(squared, dtype=torch.bool)
     for step in range(steps):
         moved = product(direction)
         curvature = dot(direction, moved)
-        ended = ended | (curvature <= 0)  # not by a nan, which is to be seen in the result
+        ended = ended | (squared == 0) | (curvature <= 0)  # not by a nan, which is to be seen in the result
         length = torch.where(ended, torch.zeros_like(squared), squared / torch.where(ended, 1.0, curvature))
         forward = torch.where(curvature < 0, 1.0, length) if step == 0 else length
         solution = [a + b for a, b in zip(solution, scaled(forward, direction), strict=True)]
         residual = [a - b for a, b in zip(residual, scaled(length, moved), strict=True)]
         after = dot(residual, residual)
-        ended = ended | (after == 0)
         ratio = torch.where(ended, torch.zeros_like(squared), after / torch.where(ended, 1.0, squared))
         direction = [a + b for a, b in zip(residual, scaled(ratio, direction), strict=True)]
         squared = after
