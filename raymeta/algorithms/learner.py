@@ -8,15 +8,14 @@ Legend: T tasks, S support rows, Q query rows, P numbers in all outer parameters
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.outer_gradients import OuterGradient
@@ -78,29 +77,30 @@ class Recordable:
 
     Attributes:
         tensors: all that are in the parameters, the batch and the plan, the parameters first.
-        values, layout: these and what is no tensor, and how they were put together.
+        key: all but the tensors: their names, and which of those that may be missing are there.
     """
 
     tensors: list[Tensor]
-    values: list[Any]
-    layout: TreeSpec
+    key: tuple[Any, ...]
 
     @classmethod
     def of(cls, params: Params, batch: Episodes, plan: StepPlan) -> Recordable:
-        values, layout = tree_flatten((params, vars(batch), vars(plan)))
-        return cls([value for value in values if isinstance(value, Tensor)], values, layout)
-
-    @property
-    def key(self) -> Hashable:
-        """All but the tensors."""
-        return str(self.layout), tuple(value for value in self.values if not isinstance(value, Tensor))
+        given = {name: value for name, value in vars(batch).items() if value is not None}
+        rows = [value for step in plan.rows or () for value in step if value is not None]
+        weights = [] if plan.weights is None else [plan.weights]
+        masked = None if plan.rows is None else tuple(mask is not None for _, mask in plan.rows)
+        return cls(
+            [*params.values(), *given.values(), *plan.keys.values(), *rows, *weights],
+            (tuple(params), tuple(given), tuple(plan.keys), masked, bool(weights), plan.ways),
+        )
 
     def rebuilt(self, tensors: list[Tensor]) -> tuple[Params, Episodes, StepPlan]:
         """The parameters, the batch and the plan, of other tensors in the places of `tensors`."""
-        others = iter(tensors)
-        whole = [next(others) if isinstance(value, Tensor) else value for value in self.values]
-        params, batch, plan = tree_unflatten(whole, self.layout)
-        return params, Episodes(**batch), StepPlan(**plan)
+        names, given, purposes, masked, weighted, ways = self.key
+        rest = iter(tensors)
+        params, batch, keys = ({name: next(rest) for name in part} for part in (names, given, purposes))
+        rows = None if masked is None else [(next(rest), next(rest) if mask else None) for mask in masked]
+        return params, Episodes(**batch), StepPlan(keys, rows, next(rest) if weighted else None, ways)
 
 
 def count_ways(*labels: Tensor) -> int:
@@ -306,7 +306,8 @@ def _choices(learner: type[Learner]) -> dict[str, tuple[str, ...]]:
 
 
 def _finite(*values: Tensor) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in values)
+    # A finite sum has no summand that is not; one that is not finite may only have been too large.
+    return all(math.isfinite(value.sum()) or bool(torch.isfinite(value).all()) for value in values)
 
 
 def _total(values: Tensor) -> float:

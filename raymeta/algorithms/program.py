@@ -43,6 +43,9 @@ RECORD_AFTER = 10
 # The most recordings that are kept for one module (those of one computation's pieces count as one); each holds its
 # constants and its code, about a megabyte.
 MOST_PROGRAMS = 8
+# Of `torch.compile`. What guards look at (shapes, types, grad mode) is in a program's key, or the same at every call;
+# looking takes as long as a third of a small model's arithmetic, and so do Python's calls between its kernels.
+COMPILE_OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
 
 
 @dataclass
@@ -126,8 +129,8 @@ class Programs:
                 "be compiled; set algorithm.compile=False, or give the tasks like shapes"
             )
         try:
-            recording = make_fx(function)(tensors)
-            program: Function = torch.compile(recording, fullgraph=True, dynamic=False)
+            recording = make_fx(function)(tensors).forward
+            program: Function = torch.compile(recording, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
             with torch.no_grad():
                 program(tensors)  # this is where it is compiled
         except Exception as error:

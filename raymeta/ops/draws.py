@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from raymeta.ops.attention import plain
 from raymeta.seeding import Key, digest
+
+# int64: a task's number, a key, many of them.
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, SplitMix64's increment
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -33,17 +37,19 @@ def task_keys(seed: int, purpose: Key, step: int, tasks: Tensor, device: torch.d
 def keys_by_purpose(
     seed: int, purposes: Sequence[Key], step: int, tasks: Tensor, device: torch.device | str = "cpu"
 ) -> Sequence[Tensor]:
-    """`task_keys` for each of these purposes, in the calls of one."""
-    mixed = mix(tasks + 1)
+    """`task_keys` for each of these purposes."""
+    # A few numbers, at every chunk: NumPy's calls take a tenth of torch's.
+    numbers: Any = tasks.numpy() if tasks.device.type == "cpu" else tasks
+    mixed = mix(numbers + 1)
     starts = [int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True) for purpose in purposes]
-    return mix(torch.stack([mixed + start for start in starts])).to(device).unbind()
+    return [torch.as_tensor(mix(mixed + start), device=device) for start in starts]
 
 
-def _shift_right(value: Tensor, bits: int) -> Tensor:
+def _shift_right(value: Numbers, bits: int) -> Numbers:
     return (value >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts copy the sign; SplitMix64 shifts in zeros
 
 
-def mix(value: Tensor) -> Tensor:
+def mix(value: Numbers) -> Numbers:
     """SplitMix64's finaliser, element by element: a bijection on 64 bits (arithmetic wraps)."""
     value = (value ^ _shift_right(value, 30)) * _MIX_1
     value = (value ^ _shift_right(value, 27)) * _MIX_2
