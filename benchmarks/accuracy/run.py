@@ -54,7 +54,8 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
     finally:
         before["seconds"] += time.perf_counter() - started
         clock.write_text(json.dumps(before))
-    test = _last_tests(place)
+    records = _records(place)
+    test = _last_tests(place, records)
     config = load_config(recipe, overrides)
     found: dict[str, Any] = {
         "state": state,
@@ -62,6 +63,7 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
         "command": "raymeta " + " ".join(command),
         "seconds": before["seconds"],
         "steps": config.outer.steps,
+        "validation": _validations(records),
         "test": test,
         "torch": torch.__version__,
         "machine": f"{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -89,9 +91,17 @@ def _state(recipe: str, overrides: list[str]) -> str:
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _last_tests(place: Path) -> dict[str, Any]:
+def _records(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def _validations(records: list[dict[str, Any]]) -> dict[str, float]:
+    """By outer step, what validation gave there; a run that went on may have been at a step twice, with one result."""
+    return {str(record["step"]): record["mean"] for record in records if record.get("kind") == "validation"}
+
+
+def _last_tests(place: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     """The last test record of a run for each kind of statistics ("batch", "support")."""
-    records = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     tests = {record["statistics"]: record for record in records if record.get("kind") == "test"}
     if not tests:
         raise SystemExit(f"{place}/metrics.jsonl has no test record; the training ended before its test")

@@ -128,9 +128,9 @@ def measure(case: Case) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def _mapped(size: int) -> int:
-    """What a tensor of so many bytes takes where it is a mapping of its own: whole pages, with glibc's header and room to
-    begin at a multiple of 64. (64 KiB take 17 pages: of a transformer's states that is a fortieth, more than the rest
-    may grow by.)"""
+    """What a tensor of so many bytes takes where it is a mapping of its own: whole pages, with glibc's header and room
+    to begin at a multiple of 64. (64 KiB take 17 pages: of a transformer's states that is a fortieth, as much as the
+    rest may grow by.)"""
     if size < MAPPED_FROM_BYTES:
         return size
     page = os.sysconf("SC_PAGE_SIZE")

@@ -65,12 +65,12 @@ class SGD:
     def update(self, state: State, gradients: Params, rates: Rates, step: Number) -> State:
         fast = state["fast"]
         if self.weight_decay:
-            gradients = {name: g + self.weight_decay * fast[name] for name, g in gradients.items()}
+            gradients = {name: plus(g, self.weight_decay, fast[name]) for name, g in gradients.items()}
         after: State = {}
         if self.momentum:
-            gradients = {name: self.momentum * state["momentum"][name] + g for name, g in gradients.items()}
+            gradients = {name: plus(g, self.momentum, state["momentum"][name]) for name, g in gradients.items()}
             after["momentum"] = gradients
-        return {"fast": {name: value - rates[name] * gradients[name] for name, value in fast.items()}, **after}
+        return {"fast": {name: plus(value, -rates[name], gradients[name]) for name, value in fast.items()}, **after}
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,11 @@ class Adam:
             root = safe_sqrt(second / (1 - self.beta2**count))
             after["fast"][name] = value - rates[name] * g / (root + self.epsilon)
         return after
+
+
+def plus(value: Tensor, factor: float | Tensor, other: Tensor) -> Tensor:
+    """value + factor * other; by a number in one pass, and one on the way back."""
+    return value + factor * other if isinstance(factor, Tensor) else torch.add(value, other, alpha=factor)
 
 
 def safe_sqrt(value: Tensor) -> Tensor:

@@ -55,6 +55,10 @@ static int gathered(
     whole parts = over(in, most(16, NEXT_BYTES / (taps_all * WIDE * VECTOR_BYTES)));
     whole near = most(NEXT_BYTES, 2 * weight_bytes) / (source_step * (whole)sizeof(REAL));
     whole blocks = over(last_row - row, most(TALL, near / TALL * TALL));
+    /* Taps side by side, and what they see, follow on each other in memory: one longer sum, of the same order. */
+    int joined = !backwards && g->dilation_width == 1 && parts == 1 && width_step == in * in_step;
+    /* All columns of a position, which lie side by side, before the next one, where their weights stay in a cache. */
+    whole near_columns = most(COLUMNS, NEXT_BYTES / (taps_all * in * (whole)sizeof(REAL)) / COLUMNS * COLUMNS);
     REAL *packed = lies ? 0 : calloc(1, (size_t)weight_bytes);
     whole *place = malloc((size_t)taps_all * sizeof(whole));
     const REAL **factor = malloc((size_t)taps_all * sizeof(REAL *));
@@ -80,23 +84,28 @@ static int gathered(
             whole b = row + (last_row - row) * block / blocks, rows = row + (last_row - row) * (block + 1) / blocks - b;
             const REAL *from = source + (t * g->rows + b) * source_step;
             REAL *to = result + (t * g->rows + b) * result_step;
-            for (whole column = 0; column < out; column += COLUMNS)
+            for (whole start = 0; start < out; start += near_columns)
                 for (whole part = 0; part < parts; part++) {
                     whole c = in * part / parts, depth = in * (part + 1) / parts - c;
                     for (whole p = 0; p < g->out_height; p++)
                         for (whole q = 0; q < g->out_width; q++) {
+                            whole j_first = along.from[q], seen = along.from[q + 1] - j_first;
+                            whole j_last = j_first + (joined ? least(seen, 1) : seen);
                             taps.count = 0;
                             for (whole i = down.from[p]; i < down.from[p + 1]; i++)
-                                for (whole j = along.from[q]; j < along.from[q + 1]; j++) {
+                                for (whole j = j_first; j < j_last; j++) {
                                     place[taps.count] = (down.place[i] * g->in_width + along.place[j]) * in + c;
                                     factor[taps.count++] = w + down.tap[i] * height_step + along.tap[j] * width_step
-                                        + c * in_step + column;
+                                        + c * in_step + start;
                                 }
-                            gather(
-                                from, source_step, &taps, depth, in_step, bias ? bias + t * out + column : 0,
-                                to + (p * g->out_width + q) * out + column, result_step, rows,
-                                least(out - column, COLUMNS), part > 0
-                            );
+                            for (whole column = start; column < least(out, start + near_columns); column += COLUMNS) {
+                                gather(
+                                    from, source_step, &taps, joined ? seen * depth : depth, in_step,
+                                    bias ? bias + t * out + column : 0, to + (p * g->out_width + q) * out + column,
+                                    result_step, rows, least(out - column, COLUMNS), part > 0
+                                );
+                                for (whole n = 0; n < taps.count; n++) factor[n] += COLUMNS;
+                            }
                         }
                 }
         }

@@ -106,9 +106,9 @@ static void gather(
 ) {
     int wide = (int)over(width, LANES);
     whole tiles = over(rows, TALL);
-    for (whole tile = 0; tile < tiles; tile++) {
-        whole row = rows * tile / tiles;
-        int tall = (int)(rows * (tile + 1) / tiles - row);
+    for (whole tile = 0, row = 0, next; tile < tiles; tile++, row = next) {
+        next = tile + 1 < tiles ? rows * (tile + 1) / tiles : rows;
+        int tall = (int)(next - row);
         const REAL *from = x + row * x_step;
         REAL *to = y + row * y_step;
 #define CALL(tall, wide) \
@@ -144,16 +144,18 @@ INLINE void product_tile(
         for (int w = 0; w < wide; w++) *(Vector *)(to + r * to_step + w * LANES) = sum[r][w];
 }
 
-/* to[depth, wide vectors] = (more: itself +) the sum over `count` rows of v[row, depth] z[row, COLUMNS]. */
+/* to[depth, wide vectors] = (more: itself +) the sum over `count` rows of v[row, depth] z[row, COLUMNS]; at most PANEL
+ * of depth. */
 static void product(
     const REAL *v, whole v_step, const REAL *z, whole count, whole depth, int wide, REAL *to, whole to_step, int more
 ) {
-    whole tiles = over(depth, TALL);
+    whole tiles = over(depth, TALL), from[PANEL / TALL + 1];
+    for (whole tile = 0; tile <= tiles; tile++) from[tile] = depth * tile / tiles;
     for (whole n = 0; n < count; n += NEAR_ROWS, more = 1) {
         whole some = least(NEAR_ROWS, count - n);
         for (whole tile = 0; tile < tiles; tile++) {
-            whole d = depth * tile / tiles;
-            int tall = (int)(depth * (tile + 1) / tiles - d);
+            whole d = from[tile];
+            int tall = (int)(from[tile + 1] - d);
 #define CALL(tall, wide) \
     product_tile(tall, wide, v + n * v_step + d, v_step, z + n * COLUMNS, some, to + d * to_step, to_step, more)
             TILES(CALL)
@@ -169,6 +171,26 @@ INLINE void copied(REAL *to, const REAL *from, whole count) {
     for (; n < count; n++) to[n] = from[n];
 }
 
+/* to[k, c] = from[c, k] for 4 x 4 numbers: rows of `to_step` and `from_step`. */
+#if defined(__clang__) || __GNUC__ >= 12
+typedef REAL Four __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL))));
+INLINE void transposed_square(const REAL *from, whole from_step, REAL *to, whole to_step) {
+    Four a = *(const Four *)from, b = *(const Four *)(from + from_step);
+    Four c = *(const Four *)(from + 2 * from_step), d = *(const Four *)(from + 3 * from_step);
+    Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    *(Four *)to = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    *(Four *)(to + to_step) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    *(Four *)(to + 2 * to_step) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    *(Four *)(to + 3 * to_step) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+#else
+INLINE void transposed_square(const REAL *from, whole from_step, REAL *to, whole to_step) {
+    for (int k = 0; k < 4; k++)
+        for (int c = 0; c < 4; c++) to[k * to_step + c] = from[c * from_step + k];
+}
+#endif
+
 /* to[k, c] (rows of `step`) = from[k * k_step + c * c_step], in squares, whose lines of memory stay in a cache. */
 static void packed_rows(const REAL *from, whole k_step, whole c_step, whole rows, whole columns, REAL *to, whole step) {
     if (c_step == 1) {
@@ -178,6 +200,12 @@ static void packed_rows(const REAL *from, whole k_step, whole c_step, whole rows
     for (whole k0 = 0; k0 < rows; k0 += 16)
         for (whole c0 = 0; c0 < columns; c0 += 16) {
             whole k1 = least(rows, k0 + 16), c1 = least(columns, c0 + 16);
+            if (k_step == 1 && k1 == k0 + 16 && c1 == c0 + 16) {
+                for (whole k = k0; k < k1; k += 4)
+                    for (whole c = c0; c < c1; c += 4)
+                        transposed_square(from + k + c * c_step, c_step, to + k * step + c, step);
+                continue;
+            }
             for (whole k = k0; k < k1; k++)
                 for (whole c = c0; c < c1; c++) to[k * step + c] = from[k * k_step + c * c_step];
         }
