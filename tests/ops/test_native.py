@@ -87,6 +87,12 @@ WINOGRAD = [
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("edges", [(3, 200, 130), (2, 500, 40), (13, 64, 150)], ids=str)
+def test_weights_that_fill_a_cache_are_gone_through_in_parts(edges: tuple[int, int, int], dtype: torch.dtype) -> None:
+    test_convolutions_are_torchs(edges, ((8, 7), (3, 3), (2, 2), (1, 1), (1, 1)), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize(("edges", "size", "padding"), WINOGRAD, ids=str)
 def test_fewer_products_are_torchs_convolution(
     edges: tuple[int, int, int], size: tuple[int, int], padding: tuple[int, int], dtype: torch.dtype
