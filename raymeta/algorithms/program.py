@@ -43,9 +43,6 @@ RECORD_AFTER = 10
 # The most recordings that are kept for one module (those of one computation's pieces count as one); each holds its
 # constants and its code, about a megabyte.
 MOST_PROGRAMS = 8
-# Of `torch.compile`. What guards look at (shapes, types, grad mode) is in a program's key, or the same at every call;
-# looking takes as long as a third of a small model's arithmetic, and so do Python's calls between its kernels.
-COMPILE_OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
 
 
 @dataclass
@@ -130,7 +127,8 @@ class Programs:
             )
         try:
             recording = make_fx(function)(tensors).forward
-            program: Function = torch.compile(recording, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+            options = _compile_options(tensors[0].device)
+            program: Function = torch.compile(recording, fullgraph=True, dynamic=False, options=options)
             with torch.no_grad():
                 program(tensors)  # this is where it is compiled
         except Exception as error:
@@ -140,6 +138,13 @@ class Programs:
                 "compiler, and a model without branches on values. Set algorithm.compile=False"
             ) from error
         return program
+
+
+def _compile_options(device: torch.device) -> dict[str, Any]:
+    """Of `torch.compile`. What guards look at (shapes, types, grad mode) is in a program's key, or the same at every
+    call, and looking takes as long as a third of a small model's arithmetic; so do Python's calls between its kernels.
+    (On a GPU a wrapper in C++ needs CUDA's headers, which torch does not bring.)"""
+    return {"cpp_wrapper": device.type == "cpu", "guard_filter_fn": lambda guards: [False] * len(guards)}
 
 
 def signature(tensors: Sequence[Tensor]) -> Hashable:
