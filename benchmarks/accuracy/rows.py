@@ -31,8 +31,9 @@ REASONS = {
     "maml-plus-plus": "steps: 94.20 after 1,500, 95.70 after 6,000",
     "imaml": "steps: each costs 16 inner steps and 5 products with a Hessian; validation still rises",
     "first-order-maml": "steps, and the second derivative: MAML is at 96.4 after 5,000 with one inner step",
-    "cavia": "what a task may change: on the tasks it is trained on it is no better",
-    "reptile": "steps: the paper takes 100,000 of 5 tasks",
+    "cavia": "what a task may change: training tasks of the last 500 steps are at 91.1, too",
+    "reptile": "steps (the paper takes 100,000 of 5 tasks), and the mean over places before the head: with "
+    "model.pooling=flatten 76.5 on validation after 1,000 steps",
 }
 # Mean squared error on sinusoids, trained with 10 shots, at 5 / 10 / 20 shots.
 SINUSOID_PAPERS = {"maml": "1.17 / 0.77 / 0.56", "meta-sgd": "0.88 / 0.53 / 0.35"}
