@@ -65,12 +65,13 @@ class SGD:
     def update(self, state: State, gradients: Params, rates: Rates, step: Number) -> State:
         fast = state["fast"]
         if self.weight_decay:
-            gradients = {name: plus(g, self.weight_decay, fast[name]) for name, g in gradients.items()}
+            gradients = {name: torch.add(g, fast[name], alpha=self.weight_decay) for name, g in gradients.items()}
         after: State = {}
         if self.momentum:
-            gradients = {name: plus(g, self.momentum, state["momentum"][name]) for name, g in gradients.items()}
+            before = state["momentum"]
+            gradients = {name: torch.add(g, before[name], alpha=self.momentum) for name, g in gradients.items()}
             after["momentum"] = gradients
-        return {"fast": {name: plus(value, -rates[name], gradients[name]) for name, value in fast.items()}, **after}
+        return {"fast": {name: descended(value, rates[name], gradients[name]) for name, value in fast.items()}, **after}
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ class Adam:
         return after
 
 
-def plus(value: Tensor, factor: float | Tensor, other: Tensor) -> Tensor:
-    """value + factor * other; by a number in one pass, and one on the way back."""
-    return value + factor * other if isinstance(factor, Tensor) else torch.add(value, other, alpha=factor)
+def descended(value: Tensor, rate: float | Tensor, gradient: Tensor) -> Tensor:
+    """value - rate * gradient; by a number in one pass, and one on the way back."""
+    return value - rate * gradient if isinstance(rate, Tensor) else torch.add(value, gradient, alpha=-rate)
 
 
 def safe_sqrt(value: Tensor) -> Tensor:
