@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,18 @@ def test_rows_are_run_once_and_make_both_tables(tmp_path: Path) -> None:
     assert f"Machine: {found['machine']}, torch {torch.__version__}; minutes with \N{PRIME}: 8 cores, another" in marked
     assert f"{regression['seconds'] / 60:.1f}\N{PRIME} |" in marked
     assert marked.count("\N{PRIME}") == 2
+
+
+def test_a_learner_below_its_figure_is_told_by_its_best_row() -> None:
+    def made(mean: float, **others: Any) -> dict[str, Any]:
+        test = {kind: {"mean": mean, "ci95": 0.01, "inner_steps": 5} for kind in ("batch", "support")}
+        row = {"recipe": "omniglot-5w1s-reptile", "command": "raymeta train omniglot-5w1s-reptile", "test": test}
+        return {**row, "seconds": 60.0, "steps": 2000, "torch": "2", "machine": "2 cores", **others}
+
+    best = made(0.65, validation={"1000": 0.5, "2000": 0.625})
+    assert "| `reptile` | 97.0 | 65.00 | 50.0 (1,000), 62.5 (2,000) | steps" in tables([made(0.6), best])
+    assert "Below" not in tables([best, made(0.975)])
+    assert "Below" not in tables([made(0.5, recipe="omniglot-5w1s-from-scratch")])
 
 
 @pytest.mark.long
