@@ -54,7 +54,7 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
     finally:
         before["seconds"] += time.perf_counter() - started
         clock.write_text(json.dumps(before))
-    records = _records(place)
+    records = RunDirectory(place).read_metrics()
     test = _last_tests(place, records)
     config = load_config(recipe, overrides)
     found: dict[str, Any] = {
@@ -91,12 +91,8 @@ def _state(recipe: str, overrides: list[str]) -> str:
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _records(place: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-
-
 def _validations(records: list[dict[str, Any]]) -> dict[str, float]:
-    """By outer step, what validation gave there; a run that went on may have been at a step twice, with one result."""
+    """By outer step, what validation gave there."""
     return {str(record["step"]): record["mean"] for record in records if record.get("kind") == "validation"}
 
 

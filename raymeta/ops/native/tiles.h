@@ -171,8 +171,9 @@ INLINE void copied(REAL *to, const REAL *from, whole count) {
     for (; n < count; n++) to[n] = from[n];
 }
 
+#if defined(__clang__) || __GNUC__ >= 12 /* which know __builtin_shufflevector */
+#define BY_SQUARES 1
 /* to[k, c] = from[c, k] for 4 x 4 numbers: rows of `to_step` and `from_step`. */
-#if defined(__clang__) || __GNUC__ >= 12
 typedef REAL Four __attribute__((vector_size(4 * sizeof(REAL)), aligned(sizeof(REAL))));
 INLINE void transposed_square(const REAL *from, whole from_step, REAL *to, whole to_step) {
     Four a = *(const Four *)from, b = *(const Four *)(from + from_step);
@@ -183,11 +184,6 @@ INLINE void transposed_square(const REAL *from, whole from_step, REAL *to, whole
     ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
     *(Four *)(to + 2 * to_step) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
     *(Four *)(to + 3 * to_step) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-#else
-INLINE void transposed_square(const REAL *from, whole from_step, REAL *to, whole to_step) {
-    for (int k = 0; k < 4; k++)
-        for (int c = 0; c < 4; c++) to[k * to_step + c] = from[c * from_step + k];
 }
 #endif
 
@@ -200,12 +196,14 @@ static void packed_rows(const REAL *from, whole k_step, whole c_step, whole rows
     for (whole k0 = 0; k0 < rows; k0 += 16)
         for (whole c0 = 0; c0 < columns; c0 += 16) {
             whole k1 = least(rows, k0 + 16), c1 = least(columns, c0 + 16);
+#ifdef BY_SQUARES
             if (k_step == 1 && k1 == k0 + 16 && c1 == c0 + 16) {
                 for (whole k = k0; k < k1; k += 4)
                     for (whole c = c0; c < c1; c += 4)
                         transposed_square(from + k + c * c_step, c_step, to + k * step + c, step);
                 continue;
             }
+#endif
             for (whole k = k0; k < k1; k++)
                 for (whole c = c0; c < c1; c++) to[k * step + c] = from[k * k_step + c * c_step];
         }
