@@ -6,6 +6,7 @@ Legend: T tasks, S support rows, Q query rows.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +16,19 @@ from torch import Tensor, nn
 
 from raymeta.algorithms.explain import explained, require_second_derivatives
 from raymeta.algorithms.features import FEATURES, features, last_layer, last_outputs
-from raymeta.algorithms.inner_loop import SGD, Adam, InnerLoop, InnerOptimizer, InnerRule, Number, Rates
+from raymeta.algorithms.inner_loop import (
+    SGD,
+    Adam,
+    Advance,
+    InnerLoop,
+    InnerOptimizer,
+    InnerRule,
+    Number,
+    Rates,
+    State,
+    flatten_state,
+    rebuild_state,
+)
 from raymeta.algorithms.learner import Adapted, Learner, MiniBatches, Recordable, Statistics, StepPlan
 from raymeta.algorithms.outer_gradients import (
     Given,
@@ -44,6 +57,8 @@ UNROLLED_STEPS = 5
 RECORDED_STEPS = 16
 # One step of them is recorded instead, in about the time of such a loop: when a computation comes up again.
 RECORD_PIECES_AFTER = 2
+# An adaptation's step, which is less than that, when it has come up so often.
+RECORD_STEPS_AFTER = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,12 +351,59 @@ class GradientLearner(Learner):
             rows = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
             with torch.no_grad():
                 given = self.with_features(prepared, params, support_x, support_mask, rows, steps)
-            loop = self.inner_loop(prepared, given, *support, rows, None, steps)
-            fast = loop.run(given)
+            names, tensors = tuple(given), [value for value in (*given.values(), *support) if value is not None]
+
+            def rebuilt(tensors: list[Tensor], rows: MiniBatches | None) -> tuple[InnerLoop, Params]:
+                own = dict(zip(names, tensors, strict=False))
+                x, y, *mask = tensors[len(names) :]
+                return self.inner_loop(prepared, own, x, y, mask[0] if mask else None, rows, None, steps), own
+
+            advance = self.recorded_steps(prepared, names, tensors, rows, steps, rebuilt)
+            fast = rebuilt(tensors, rows)[0].run(given, advance)
             weights = self.weights(params)
             shared = {name: value for name, value in weights.items() if name not in fast}
             statistics = prepared.support_statistics(fast, shared, support_x, support_mask)
         return Adapted(fast, shared, statistics)
+
+    def recorded_steps(
+        self,
+        model: TaskModel,
+        names: Hashable,
+        tensors: list[Tensor],
+        batches: MiniBatches | None,
+        steps: int,
+        rebuilt: Callable[[list[Tensor], MiniBatches | None], tuple[InnerLoop, Params]],
+    ) -> Advance | None:
+        """What makes the steps of an adaptation by a program that is recorded once for all of them, and for all batches
+        of tasks of these shapes; None while these have not come up often enough.
+
+        Args:
+            names: all that the adaptation is a function of beside `tensors` and the learner's settings.
+            rebuilt: (other tensors in the places of these, mini-batches of one step for all) -> the loop, and the
+                parameters that it is called with.
+        """
+        whole = (self, "adapt", names, signature(tensors))
+        count = model.programs.came_up(whole) if model.batching == "vmap" else 0
+        if count < RECORD_PIECES_AFTER or count * steps < RECORD_STEPS_AFTER:
+            return None
+
+        def advance(state: State, number: int) -> State:
+            of_step = () if batches is None else batches[number]
+            rows = [value for value in of_step if value is not None]
+
+            def function(values: list[Tensor]) -> list[Tensor]:
+                own, places = values[: len(tensors)], values[len(tensors) : len(tensors) + len(rows)]
+                step, *own_state = values[len(tensors) + len(rows) :]
+                loop, params = rebuilt(own, [(places[0], places[1] if places[1:] else None)] if places else None)
+                return flatten_state(loop.detached_step(rebuild_state(state, own_state), params, step))
+
+            everything = [*tensors, *rows, torch.tensor(number, device=tensors[0].device), *flatten_state(state)]
+            # The first step is unlike the others: there all tasks have the same weights.
+            key = (self, "adapt", names, len(rows))
+            found = model.programs.run(key, function, everything, piece_of=whole, often=number > 0)
+            return rebuild_state(state, found)
+
+        return advance
 
     def predict(
         self,

@@ -24,6 +24,8 @@ State = dict[str, Params]
 Rates = Mapping[str, float | Tensor]
 # Of an inner step, from 0; a 0-dimensional int64 tensor in a computation that is recorded once for all steps.
 Number = int | Tensor
+# (s_i, i) -> s_{i+1}, without a graph.
+Advance = Callable[[State, int], State]
 
 
 def flatten_state(state: State) -> list[Tensor]:
@@ -100,15 +102,18 @@ class Adam:
             after["first"] = {}
         count = step.double() + 1 if isinstance(step, Tensor) else step + 1
         for name, value in state["fast"].items():
-            g = gradients[name] + self.weight_decay * value if self.weight_decay else gradients[name]
-            second = self.beta2 * state["second"][name] + (1 - self.beta2) * g.square()
+            g = torch.add(gradients[name], value, alpha=self.weight_decay) if self.weight_decay else gradients[name]
+            second = torch.addcmul(self.beta2 * state["second"][name], g, g, value=1 - self.beta2)
             after["second"][name] = second
             if self.beta1:
-                g = self.beta1 * state["first"][name] + (1 - self.beta1) * g
+                g = torch.add(self.beta1 * state["first"][name], g, alpha=1 - self.beta1)
                 after["first"][name] = g
                 g = g / (1 - self.beta1**count)
             root = safe_sqrt(second / (1 - self.beta2**count))
-            after["fast"][name] = value - rates[name] * g / (root + self.epsilon)
+            rate, root = rates[name], root + self.epsilon
+            after["fast"][name] = (
+                value - rate * g / root if isinstance(rate, Tensor) else torch.addcdiv(value, g, root, value=-rate)
+            )
         return after
 
 
@@ -119,6 +124,8 @@ def descended(value: Tensor, rate: float | Tensor, gradient: Tensor) -> Tensor:
 
 def safe_sqrt(value: Tensor) -> Tensor:
     """The square root, with derivative 0 where the value is 0."""
+    if not torch.is_grad_enabled():
+        return value.sqrt()
     positive = value > 0
     return torch.where(positive, torch.where(positive, value, torch.ones_like(value)).sqrt(), torch.zeros_like(value))
 
@@ -156,7 +163,11 @@ class InnerLoop:
         With `second_order` the inner gradient is itself differentiable in the state and in `params`; without, it is
         a constant (first-order MAML, arXiv 1703.03400 section 5.2), and only the update around it is.
         """
-        fast = state["fast"]
+        named = self._gradients(state["fast"], params, number, second_order)
+        return self.rule.update(state, named, self.rates(params, number), number)
+
+    def _gradients(self, fast: Params, params: Params, number: Number, second_order: bool) -> Params:
+        """What the rule takes for the gradients of the objective in the fast parameters."""
         loss = self.objective(fast, params, number)
         values = list(fast.values())
         gradients = (
@@ -174,23 +185,26 @@ class InnerLoop:
             name: torch.zeros_like(value) if gradient is None else gradient
             for (name, value), gradient in zip(fast.items(), gradients, strict=True)
         }
-        if self.transformed is not None:
-            named = self.transformed(named, params)
-        return self.rule.update(state, named, self.rates(params, number), number)
+        return named if self.transformed is None else self.transformed(named, params)
 
-    def run(self, params: Params, steps: int | None = None) -> Params:
-        """The adapted parameters [T, ...] after `steps` steps, without any graph."""
+    def run(self, params: Params, advance: Advance | None = None) -> Params:
+        """The adapted parameters [T, ...] after all steps, without any graph.
+
+        Args:
+            advance: makes a step; None: `detached_step`.
+        """
         params = {name: value.detach() for name, value in params.items()}
-        state = self.first_state(params)
-        for number in range(self.steps if steps is None else steps):
-            state = self.detached_step(state, params, number)
+        with torch.no_grad():
+            state = self.first_state(params)
+        for number in range(self.steps):
+            state = self.detached_step(state, params, number) if advance is None else advance(state, number)
         return {name: value.detach() for name, value in state["fast"].items()}
 
     def detached_step(self, state: State, params: Params, number: Number) -> State:
-        """s_{number+1} from s_number, as leaves without a graph."""
-        leaves = rebuild_state(state, [tensor.detach() for tensor in flatten_state(state)])
-        for value in leaves["fast"].values():
-            value.requires_grad_()
+        """s_{number+1} from s_number, without a graph; `params` have none."""
+        state = rebuild_state(state, [tensor.detach() for tensor in flatten_state(state)])
         with torch.enable_grad():
-            after = self.step(leaves, params, number, second_order=False)
-        return rebuild_state(after, [tensor.detach() for tensor in flatten_state(after)])
+            leaves = {name: value.detach().requires_grad_() for name, value in state["fast"].items()}
+            gradients = self._gradients(leaves, params, number, second_order=False)
+        with torch.no_grad():
+            return self.rule.update(state, gradients, self.rates(params, number), number)

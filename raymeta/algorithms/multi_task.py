@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.gradient_learner import rows_of_step
 from raymeta.algorithms.inner_loop import InnerLoop, Number, Rates
-from raymeta.algorithms.learner import Adapted, Statistics, StepPlan
+from raymeta.algorithms.learner import Adapted, MiniBatches, Statistics, StepPlan
 from raymeta.algorithms.maml import MAML
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.task_model import TaskModel
@@ -118,28 +118,39 @@ class MultiTask(MAML):
         batches = self.mini_batches(support_x.shape[1], support_mask, numbers, "adapt", 0, steps, support_x.device)
         names = tuple(weights) if self.fine_tune == "all" else ()
         shared = {name: value for name, value in weights.items() if name not in names}
-        like = params[JOINT_WEIGHT]
+        support = [value for value in (support_x, support_y, absent, support_mask) if value is not None]
 
-        def start(params: Params) -> Params:
-            body = {name: params[MODEL + name].expand(count, *weights[name].shape) for name in names}
-            head = {HEAD_WEIGHT: like.new_zeros(count, ways, like.shape[1]), HEAD_BIAS: like.new_zeros(count, ways)}
-            return {**body, **head}
+        def rebuilt(tensors: list[Tensor], rows: MiniBatches | None) -> tuple[InnerLoop, Params]:
+            own = dict(zip(params, tensors, strict=False))
+            support_x, support_y, absent, *masks = tensors[len(params) :]
+            like, weights = own[JOINT_WEIGHT], model_params(own)
 
-        def objective(fast: Params, params: Params, number: Number) -> Tensor:
-            if embedded is not None:
-                return self.losses(_scores(embedded, fast, absent), support_y, support_mask)
-            x, y, mask = rows_of_step(support_x, support_y, support_mask, batches, number)
-            return self.losses(_with_head(prepared, fast, shared, absent, x, mask, None), y, mask)
+            def start(params: Params) -> Params:
+                body = {name: params[MODEL + name].expand(count, *weights[name].shape) for name in names}
+                head = {HEAD_WEIGHT: like.new_zeros(count, ways, like.shape[1]), HEAD_BIAS: like.new_zeros(count, ways)}
+                return {**body, **head}
 
-        def rates(params: Params, number: Number) -> Rates:
-            return dict.fromkeys([*names, HEAD_WEIGHT, HEAD_BIAS], self.inner_rate)
+            def objective(fast: Params, params: Params, number: Number) -> Tensor:
+                mask = masks[0] if masks else None
+                if embedded is not None:
+                    return self.losses(_scores(embedded, fast, absent), support_y, mask)
+                x, y, mask = rows_of_step(support_x, support_y, mask, rows, number)
+                shared = {name: value for name, value in weights.items() if name not in names}
+                return self.losses(_with_head(prepared, fast, shared, absent, x, mask, None), y, mask)
+
+            def rates(params: Params, number: Number) -> Rates:
+                return dict.fromkeys([*names, HEAD_WEIGHT, HEAD_BIAS], self.inner_rate)
+
+            return InnerLoop(steps, start, objective, rates, self.rule()), own
 
         with explained(prepared, weights, support_x[0]):
-            embedded = None
+            embedded, advance, tensors = None, None, [*params.values(), *support]
             if not names and batches is None:  # the same in every step
                 with torch.no_grad():
                     embedded = prepared.outputs({}, shared, support_x, support_mask)
-            fast = InnerLoop(steps, start, objective, rates, self.rule()).run(params)
+            else:
+                advance = self.recorded_steps(prepared, tuple(params), tensors, batches, steps, rebuilt)
+            fast = rebuilt(tensors, batches)[0].run(params, advance)
             body = {name: fast[name] for name in names}
             statistics = prepared.support_statistics(body, shared, support_x, support_mask)
         return Adapted({**fast, HEAD_ABSENT: absent}, shared, statistics)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raymeta.algorithms import LEARNERS, MAML, Learner, in_place
 from raymeta.algorithms.cuda_graph import captured
-from raymeta.algorithms.gradient_learner import RECORDED_STEPS
+from raymeta.algorithms.gradient_learner import RECORD_STEPS_AFTER, RECORDED_STEPS
 from raymeta.algorithms.program import MOST_PROGRAMS, RECORD_AFTER, Programs
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
@@ -102,6 +102,37 @@ def test_a_step_of_many_is_recorded_once(
     assert len(programs.places) == 1
     unrolled = replace(learner, memory="unrolled").meta_gradient(model, *calls[1]).gradient
     torch.testing.assert_close(direct[1], unrolled, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kind", "masks"),
+    [
+        ("maml", {}, "conv4", True),
+        ("maml", {"inner_optimizer": "adam", "inner_rate": 0.01, "inner_batch": 4}, "mlp", True),
+        ("maml_plus_plus", {"annealing_steps": 40}, "mlp", False),
+        ("meta_curvature", {}, "mlp", False),
+        ("anil", {}, "conv4", False),
+        ("cavia", {"inner_rate": 0.5}, "mlp", False),
+        ("multi_task", {"training_classes": 7, "embedding_size": 4}, "conv4", False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_steps_of_an_adaptation_are_recorded_once(
+    small: Any, name: str, settings: dict[str, Any], kind: str, masks: bool
+) -> None:
+    learner = LEARNERS[name](**settings, inner_steps=2)
+    model, params, batch = small.problem(learner, kind, masks=masks)
+    programs, steps = learner.prepared(model).programs, RECORD_STEPS_AFTER // 2
+    for number in range(4):
+        other = varied(batch, number)
+        given = other.support_x, other.support_y, other.support_mask, other.tasks
+        with programs.unrecorded():
+            direct = learner.adapt(model, params, *given, inner_steps=steps)
+        found = learner.adapt(model, params, *given, inner_steps=steps)
+        for key, expected in direct.fast.items():
+            assert torch.equal(found.fast[key], expected), (number, key)
+        assert len(programs.recorded) == (number > 0), "in the second adaptation, but for the first step"
+    assert None not in programs.recorded.values()
 
 
 def test_pieces_of_a_shape_that_comes_up_once_are_not_recorded(small: Any) -> None:

@@ -48,6 +48,8 @@ CHANGES = {
     "sinusoid-maml": ["tune.scheduler.grace_period=2"],
     "sinusoid-meta-sgd": ["tune.scheduler.grace_period=2"],
 }
+# The others differ from these in what `test_search_plan` tests without running it.
+SHORT = "omniglot-maml-gpu-cluster", "omniglot-maml-population-based", "sinusoid-maml"
 
 
 def sinusoids(space: dict[str, Any], steps: int = 4, **tune: Any) -> Plan:
@@ -62,7 +64,10 @@ def sinusoids(space: dict[str, Any], steps: int = 4, **tune: Any) -> Plan:
     return load_plan({"run": run, "search": space, "tune": {"retries": 0, **tune}})
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=() if path.stem in SHORT else pytest.mark.long) for path in CONFIGS],
+)
 def test_every_search_that_ships_runs_small(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "optuna" in path.read_text():
         pytest.importorskip("optuna", reason="pip install raymeta[tune]")
@@ -161,15 +166,12 @@ def test_a_search_that_a_signal_ended_is_resumed_with_the_same_bits(tmp_path: Pa
     assert trial.value == min(values)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "scheduler",
     [
         pytest.param({"name": "asha", "grace_period": 2, "reduction_factor": 2}, id="asha"),
-        pytest.param(
-            {"name": "median_stopping", "grace_period": 2, "min_samples_required": 1},
-            id="median_stopping",
-            marks=pytest.mark.long,
-        ),
+        pytest.param({"name": "median_stopping", "grace_period": 2, "min_samples_required": 1}, id="median_stopping"),
     ],
 )
 def test_a_resumed_search_stops_whom_it_would_have_stopped(tmp_path: Path, scheduler: dict[str, Any]) -> None:

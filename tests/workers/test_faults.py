@@ -245,7 +245,7 @@ class OutOfMemory:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("by_torch", [False, True])
+@pytest.mark.parametrize("by_torch", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_worker_out_of_memory_is_started_anew(lines, params, marks, by_torch):
     indices = range(TASKS, 2 * TASKS)
     with LocalPool(lines()) as pool:

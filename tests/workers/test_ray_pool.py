@@ -80,7 +80,7 @@ def computed(pool: RayPool, params: torch.Tensor, step: int = 1, tasks: int = TA
     return params_hash(total.gradient)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, pytest.param(5, marks=pytest.mark.long)])
 def test_the_bits_do_not_depend_on_the_number_of_workers(lines, params, first_numbers, count):
     with LocalPool(lines()) as local, RayPool(lines(), count=count, cpus_per_worker=0.5) as pool:
         assert pool.workers == len(pool.reports) == count
@@ -96,7 +96,10 @@ def test_the_bits_do_not_depend_on_the_number_of_workers(lines, params, first_nu
         assert pool.map(first_numbers, params, "test", []) == []
 
 
-@pytest.mark.parametrize(("count", "share_memory"), [(1, True), (2, True), (3, False), (5, True), (5, False)])
+@pytest.mark.parametrize(
+    ("count", "share_memory"),
+    [(1, True), (2, True), (3, False), *(pytest.param(5, share, marks=pytest.mark.long) for share in (True, False))],
+)
 def test_the_bits_do_not_depend_on_how_sums_travel(lines, params, count, share_memory):
     alone = {1: 1, 2: 2, 3: 5, 5: 5}[count]  # the maximal subtrees of the shares of 8 chunks
     calm = replace(SHORT, least_seconds=60, alike=math.inf)
@@ -124,7 +127,11 @@ def test_the_parts_of_a_step_are_its_time(lines, params):
 
 @pytest.mark.parametrize(
     ("struck", "aggregation"),
-    [((TASKS + 9,), "auto"), ((TASKS + 3, TASKS + 22), "auto"), ((TASKS + 3, TASKS + 22), "node")],
+    [
+        pytest.param((TASKS + 9,), "auto", marks=pytest.mark.long),
+        ((TASKS + 3, TASKS + 22), "auto"),
+        ((TASKS + 3, TASKS + 22), "node"),
+    ],
 )
 def test_killed_workers_change_no_bit(lines, params, marks, struck, aggregation):
     """One of three, and two of three, killed in the middle of a step; the next step finds them back."""
@@ -384,7 +391,10 @@ class DiesAdding(NodeSums):
         return super().add_up(actor, held)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, id="SIGKILL"), pytest.param(signal.SIGSTOP, id="SIGSTOP", marks=pytest.mark.long)],
+)
 def test_who_adds_up_on_a_node_may_be_lost(lines, params, monkeypatch, caplog, number):
     caplog.set_level(logging.WARNING, "raymeta.workers")
     monkeypatch.setattr(ray_pool, "NodeSums", DiesAdding)
