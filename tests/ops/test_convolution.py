@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, vmap
 
+from raymeta.ops import convolution as own_convolution
 from raymeta.ops.convolution import Geometry, convolution
 from raymeta.ops.task_kernels import TaskKernels
 
@@ -80,9 +81,11 @@ def test_the_task_dimension_may_be_anywhere(
     compared(lambda *given: F.conv2d(*given, **arguments), inputs, dims, NODE)
 
 
+@pytest.mark.parametrize("multiplied", [True, False])
 @pytest.mark.parametrize("geometry", [1, 4, 8])
-def test_bfloat16(compared: Any, geometry: int) -> None:
+def test_bfloat16(compared: Any, geometry: int, multiplied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are a few roundings of 2^-8 away from float64; the kernels no further than the general path, or nearly."""
+    monkeypatch.setattr(own_convolution, "_multiplies_bfloat16", lambda: multiplied)
     x, weight, arguments = GEOMETRIES[geometry]
     inputs = problem(3, x, weight, (0, 0, 0), torch.bfloat16)
 
