@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # More for the commands: make train ARGS="outer.steps=1000 --run-dir runs/mine"
 ARGS ?=
-# Processes for the tests: two of them have the tests that start Ray, and mostly wait.
-JOBS ?= 3
+# Processes for the tests.
+JOBS ?= 2
 
 .PHONY: help install train test test-long bench lint format clean
 
@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 train: install
 	$(BIN)/raymeta train $(ARGS)
 
-# `make test ARGS="-m 'long or not long'"`: all.
+# Tests that start Ray run one after the other, in one of the processes. `make test ARGS="-m 'long or not long'"`: all.
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 

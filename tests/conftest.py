@@ -18,45 +18,37 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 CLUSTER_CPUS = 4
 
 
-BENCHMARKS = "tests/benchmarks/"
 # The tests marked `ray`, whole files or single ones, but for those of the benchmarks, which start a Ray of their own in
-# another process. Who shares the tests out among the processes of `-n` knows names alone, no marks. Each row runs in
-# one process: what starts Ray waits most of the time, and two such rows beside each other wait together.
-RAY_TESTS = {
-    "ray": (
-        "tests/test_cli.py::test_ray_workers_give_the_same_run_and_too_great_a_demand_is_said",
-        "tests/test_cli_processes.py::test_ctrl_c_of_a_run_on_ray_leaves_a_checkpoint_and_no_process",
-        "tests/test_driver_faults.py::test_a_driver_with_ray_workers_killed_leaves_no_process_and_resumes",
-        "tests/test_jobs.py",
-        "tests/tune/test_search_ray.py",
-        "tests/tune/test_watch.py",
-    ),
-    "ray workers": ("tests/workers/test_faults.py", "tests/workers/test_ray_pool.py"),
-}
-
-
-def ray_row(nodeid: str) -> str | None:
-    """The row of RAY_TESTS that a test is in."""
-    return next((row for row, names in RAY_TESTS.items() if nodeid.startswith(names)), None)
+# another process. Who shares the tests out among the processes of `-n` knows names alone, no marks.
+BENCHMARKS = "tests/benchmarks/"
+RAY_TESTS = (
+    "tests/test_cli.py::test_ray_workers_give_the_same_run_and_too_great_a_demand_is_said",
+    "tests/test_cli_processes.py::test_ctrl_c_of_a_run_on_ray_leaves_a_checkpoint_and_no_process",
+    "tests/test_driver_faults.py::test_a_driver_with_ray_workers_killed_leaves_no_process_and_resumes",
+    "tests/test_jobs.py",
+    "tests/tune/test_search_ray.py",
+    "tests/tune/test_watch.py",
+    "tests/workers/test_faults.py",
+    "tests/workers/test_ray_pool.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        benchmark = item.nodeid.startswith(BENCHMARKS)
-        if item.get_closest_marker("ray") and not benchmark and ray_row(item.nodeid) is None:
+        if item.get_closest_marker("ray") and not item.nodeid.startswith((*RAY_TESTS, BENCHMARKS)):
             raise pytest.UsageError(f"{item.nodeid} starts Ray: name it in RAY_TESTS of tests/conftest.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests that start Ray run one after the other, each row of RAY_TESTS in one process, beside the others."""
+    """Tests that start Ray run one after the other in one process, beside the others."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class RowsOfRayTests(LoadScopeScheduling):
+    class RayTestsInOneProcess(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return ray_row(nodeid) or nodeid
+            return "ray" if nodeid.startswith(RAY_TESTS) else nodeid
 
-    return RowsOfRayTests(config, log)
+    return RayTestsInOneProcess(config, log)
 
 
 @pytest.fixture(scope="session")

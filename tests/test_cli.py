@@ -228,7 +228,7 @@ def test_the_kernels_that_the_rule_chose_are_those_of_the_run(
     assert RunDirectory(place).read_config()["algorithm"]["kernels"] == "native"
     with pytest.MonkeyPatch.context() as elsewhere:  # a machine without a compiler, which predicts nevertheless
         elsewhere.setattr(library, "can_run", lambda: False)
-        assert raymeta_cli("evaluate", place).code == 0
+        assert raymeta_cli("evaluate", place, "--episodes", "4").code == 0
         assert adapted.load(place).learner.kernels == "auto"
         assert "no C compiler" in refused("train", *settings, "--run-dir", place, "--resume", "outer.steps=6")
     task = raymeta_cli("train", *settings, "--run-dir", tmp_path / "task", "algorithm.kernels=task").err

@@ -67,20 +67,25 @@ def test_the_recording_has_the_same_bits(
     assert any(programs.recorded.values()), f"nothing was recorded: {programs.recorded}"
 
 
-LONG: list[tuple[str, dict[str, Any], str, bool]] = [
+MANY: list[Any] = [
     ("maml", {"inner_rate": 0.02, "inner_momentum": 0.9}, "conv4", False),
-    ("maml", {"inner_optimizer": "adam", "inner_rate": 0.01}, "conv4", True),
     ("maml", {"inner_rate": 0.02, "inner_batch": 4}, "mlp", False),
     ("maml", {"inner_rate": 0.02, "inner_batch": 4}, "mlp", True),
-    ("maml", {"inner_rate": 0.02}, "dropout", False),
-    ("maml", {"inner_rate": 0.02}, "transformer", False),
     ("meta_sgd", {}, "mlp", True),
-    ("maml_plus_plus", {"annealing_steps": 40, "inner_rate": 0.05}, "conv4", False),
     ("cavia", {"inner_rate": 0.5}, "mlp", False),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            ("maml", {"inner_optimizer": "adam", "inner_rate": 0.01}, "conv4", True),
+            ("maml", {"inner_rate": 0.02}, "dropout", False),
+            ("maml", {"inner_rate": 0.02}, "transformer", False),
+            ("maml_plus_plus", {"annealing_steps": 40, "inner_rate": 0.05}, "conv4", False),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "settings", "kind", "masks"), LONG, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "settings", "kind", "masks"), MANY, ids=lambda value: str(value))
 def test_a_step_of_many_is_recorded_once(
     small: Any, name: str, settings: dict[str, Any], kind: str, masks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

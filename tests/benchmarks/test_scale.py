@@ -40,6 +40,7 @@ def test_model_has_about_that_many_parameters(size: int) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_parts_of_a_step_are_measured_and_make_a_page() -> None:
     rows = [local.measure(2_000, workers, 2, "none") for workers in (1, 2)]

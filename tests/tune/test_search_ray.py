@@ -49,7 +49,7 @@ CHANGES = {
     "sinusoid-meta-sgd": ["tune.scheduler.grace_period=2"],
 }
 # The others differ from these in what `test_search_plan` tests without running it.
-SHORT = "omniglot-maml-gpu-cluster", "omniglot-maml-population-based", "sinusoid-maml"
+SHORT = "omniglot-maml-gpu-cluster", "omniglot-maml-population-based"
 
 
 def sinusoids(space: dict[str, Any], steps: int = 4, **tune: Any) -> Plan:

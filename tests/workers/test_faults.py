@@ -200,6 +200,7 @@ def test_nodes_are_lost_join_and_leave():
     assert found["seconds to the end"] < 25
 
 
+@pytest.mark.long
 def test_sums_are_added_up_on_their_nodes():
     """Two nodes beside the driver's: what it receives of a step does not depend on how many workers a node has."""
     found = outcome(ADDED.replace("TASKS", "1024"))
