@@ -32,8 +32,8 @@ REASONS = {
     "imaml": "steps: each costs 16 inner steps and 5 products with a Hessian; validation still rises",
     "first-order-maml": "steps, and the second derivative: MAML is at 96.4 after 5,000 with one inner step",
     "cavia": "what a task may change: training tasks of the last 500 steps are at 91.1, too",
-    "reptile": "steps (the paper takes 100,000 of 5 tasks): validation rises by 2 points with each quarter of them; 79.6 "
-    "with the mean over places before the head and the paper's inner rate of 0.001",
+    "reptile": "steps (the paper takes 100,000 of 5 tasks): validation rises by 2 points with each quarter of them; "
+    "79.6 with the mean over places before the head and the paper's inner rate of 0.001",
 }
 # Mean squared error on sinusoids, trained with 10 shots, at 5 / 10 / 20 shots.
 SINUSOID_PAPERS = {"maml": "1.17 / 0.77 / 0.56", "meta-sgd": "0.88 / 0.53 / 0.35"}
