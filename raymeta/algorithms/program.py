@@ -120,7 +120,7 @@ class Programs:
         return result
 
     def _compiled(self, function: Function, tensors: list[Tensor]) -> Function:
-        if len(self.places) >= MOST_PROGRAMS:
+        if sum(compiled for _, compiled, _ in self.recorded) >= MOST_PROGRAMS:
             raise InputError(
                 f"algorithm.compile=True, but the tasks come in more than {MOST_PROGRAMS} shapes, each of which would "
                 "be compiled; set algorithm.compile=False, or give the tasks like shapes"

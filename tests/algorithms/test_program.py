@@ -267,8 +267,7 @@ def test_what_cannot_be_compiled_says_so() -> None:
 
     with pytest.raises(InputError, match=r"algorithm\.compile=False"):
         Programs().run("key", function, [torch.ones(2)], compiled=True)
-    programs = Programs()
-    programs.places = set(range(MOST_PROGRAMS))
+    programs = Programs(recorded={(number, True, None): None for number in range(MOST_PROGRAMS)})
     with pytest.raises(InputError, match="more than 8 shapes"):
         programs.run("key", lambda tensors: tensors, [torch.ones(2)], compiled=True)
 
