@@ -30,7 +30,7 @@ REASONS = {
     "anil": "steps: validation rises with each quarter of them",
     "maml-plus-plus": "steps: 94.20 after 1,500, 95.70 after 6,000",
     "imaml": "steps: each costs 16 inner steps and 5 products with a Hessian; validation still rises",
-    "first-order-maml": "validation rises only as the outer rate falls: the noise of its steps; MAML, exact, is at 96.4",
+    "first-order-maml": "validation rises only as the outer rate falls: noise of its steps; MAML, exact, is at 96.4",
     "cavia": "what a task may change: training tasks of the last 500 steps are at 91.1, too",
     "reptile": "steps (the paper takes 100,000 of 5 tasks): validation rises by 2 points with each quarter of them; "
     "79.6 with the mean over places before the head and the paper's inner rate of 0.001",
