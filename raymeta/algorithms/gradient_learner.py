@@ -313,14 +313,12 @@ class GradientLearner(Learner):
         often = model.programs.came_up(whole) >= RECORD_PIECES_AFTER
 
         def run(piece: Piece, number: int, tensors: list[Tensor]) -> list[Tensor]:
-            of_step = () if plan.rows is None or number == len(plan.rows) else plan.rows[number]
-            rows = [value for value in of_step if value is not None]
+            rows = _tensors_of_step(plan.rows, number)
 
             def function(values: list[Tensor]) -> list[Tensor]:
                 own_params, own_batch, own_plan = given.rebuilt(values[:count])
                 places, (step, *own) = values[count : count + len(rows)], values[count + len(rows) :]
-                if places:
-                    own_plan = replace(own_plan, rows=[(places[0], places[1] if len(places) > 1 else None)])
+                own_plan = replace(own_plan, rows=_for_all_steps(places))
                 loop = self.training_loop(model, own_params, own_batch, own_plan)
                 query = self.query(model, own_params, own_batch, own_plan)
                 return piece(Given(loop, own_params, query), step, own)
@@ -388,13 +386,12 @@ class GradientLearner(Learner):
             return None
 
         def advance(state: State, number: int) -> State:
-            of_step = () if batches is None else batches[number]
-            rows = [value for value in of_step if value is not None]
+            rows = _tensors_of_step(batches, number)
 
             def function(values: list[Tensor]) -> list[Tensor]:
                 own, places = values[: len(tensors)], values[len(tensors) : len(tensors) + len(rows)]
                 step, *own_state = values[len(tensors) + len(rows) :]
-                loop, params = rebuilt(own, [(places[0], places[1] if places[1:] else None)] if places else None)
+                loop, params = rebuilt(own, _for_all_steps(places))
                 return flatten_state(loop.detached_step(rebuild_state(state, own_state), params, step))
 
             everything = [*tensors, *rows, torch.tensor(number, device=tensors[0].device), *flatten_state(state)]
@@ -416,6 +413,19 @@ class GradientLearner(Learner):
         given = adapted.statistics if statistics == "support" else None
         with torch.no_grad():
             return self.prepared(model).outputs(adapted.fast, adapted.shared, query_x, query_mask, None, given)
+
+
+def _tensors_of_step(batches: MiniBatches | None, number: int) -> list[Tensor]:
+    """The mini-batch of inner step `number`, as a recording takes it: its positions, and its mask if it has one.
+    Nothing where every step sees all rows, or after the last step."""
+    if batches is None or number == len(batches):
+        return []
+    return [value for value in batches[number] if value is not None]
+
+
+def _for_all_steps(tensors: list[Tensor]) -> MiniBatches | None:
+    """The mini-batches of a recording, which has one step for all, from `_tensors_of_step`."""
+    return [(tensors[0], tensors[1] if len(tensors) > 1 else None)] if tensors else None
 
 
 def rows_of_step(
