@@ -4,8 +4,25 @@
 
 /* What is read again and again is kept to so much: a part of a second-level cache. */
 #define NEXT_BYTES ((whole)262144)
-/* So many positions at a time are copied together for the weight's sums. */
-#define POSITIONS 192
+/* So many positions at a time are copied together for the weight's sums: with the next ones, which are fetched meanwhile,
+ * they stay in a second-level cache. */
+#define POSITIONS 96
+
+/* What is read next, fetched into a second-level cache a share at a time. */
+typedef struct {
+    const char *at, *end;
+    whole share;
+} Ahead;
+
+static inline Ahead ahead(const REAL *from, const REAL *end, whole times) {
+    Ahead found = {(const char *)from, (const char *)end, over((end - from) * (whole)sizeof(REAL), times)};
+    return found;
+}
+
+INLINE void fetch(Ahead *next) {
+    const char *end = next->end - next->at < next->share ? next->end : next->at + next->share;
+    for (; next->at < end; next->at += 64) __builtin_prefetch(next->at, 0, 2);
+}
 
 /* Along one side of a result: position n sees taps tap[m] of the source at place[m], from[n] <= m < from[n + 1]. */
 typedef struct {
@@ -118,6 +135,67 @@ static int gathered(
     return failed;
 }
 
+/* W(x, gradient) as below, of an image: few channels fill no tile, all of the taps together do. With zeros around the image,
+ * what a line of taps sees lies side by side. */
+static int convolution_weight_of_image(
+    const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last
+) {
+    whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
+    whole height = (P - 1) * g->stride_height + (g->height - 1) * g->dilation_height + 1;
+    whole width = (Q - 1) * g->stride_width + g->width, along = g->width * C, depth = g->height * along;
+    whole left = g->padding_width, right = least(width, g->in_width + left);
+    whole padded = over(K, COLUMNS) * COLUMNS, lines = most(1, POSITIONS / Q);
+    /* What is copied is copied by fours: beyond its end, before what follows. */
+    REAL *frame = calloc((size_t)(B * height * width * C + 4), sizeof(REAL));
+    REAL *v = malloc((size_t)(lines * Q * depth + 4) * sizeof(REAL));
+    REAL *z = K == padded ? 0 : calloc((size_t)(lines * Q * padded), sizeof(REAL));
+    REAL *sums = K == padded ? 0 : malloc((size_t)(depth * padded) * sizeof(REAL));
+    int failed = !frame || !v || (K != padded && (!z || !sums));
+    for (whole t = first; t < last && !failed; t++) {
+        REAL *to = sums ? sums : weight + t * depth * K;
+        memset(to, 0, (size_t)(depth * padded) * sizeof(REAL));
+        for (whole b = 0; b < B; b++)
+            for (whole h = 0; h < height; h++) {
+                whole from = h - g->padding_height;
+                if (from < 0 || from >= g->in_height || right <= left) continue;
+                memcpy(
+                    frame + ((b * height + h) * width + left) * C,
+                    x + ((t * B + b) * g->in_height + from) * g->in_width * C, (size_t)((right - left) * C) * sizeof(REAL)
+                );
+            }
+        for (whole line = 0; line < B * P; line += lines) {
+            whole next = least(B * P, line + lines), after = least(B * P * (last - t), next + lines);
+            const REAL *other = gradient + (t * B * P + line) * Q * K;
+            Ahead gradients = ahead(
+                gradient + (t * B * P + next) * Q * K, gradient + (t * B * P + after) * Q * K, lines * Q
+            );
+            REAL *to_v = v;
+            for (whole n = line; n < next; n++)
+                for (whole q = 0; q < Q; q++) {
+                    const REAL *at = frame + ((n / P * height + n % P * g->stride_height) * width + q * g->stride_width) * C;
+                    fetch(&gradients);
+                    for (whole i = 0; i < g->height; i++, at += g->dilation_height * width * C, to_v += along)
+                        for (whole c = 0; c < along; c += 4) memcpy(to_v + c, at + c, 4 * sizeof(REAL));
+                }
+            for (whole n = 0; z && n < (next - line) * Q; n++) copied(z + n * padded, other + n * K, K);
+            for (whole column = 0; column < padded; column += COLUMNS)
+                for (whole d = 0; d < depth; d += PANEL)
+                    product(
+                        v + d, depth, (z ? z : other) + column, padded, (next - line) * Q, least(PANEL, depth - d), WIDE,
+                        to + d * padded + column, padded, 1
+                    );
+        }
+        if (sums)
+            for (whole d = 0; d < depth; d++)
+                memcpy(weight + (t * depth + d) * K, sums + d * padded, (size_t)K * sizeof(REAL));
+    }
+    free(frame);
+    free(v);
+    free(z);
+    free(sums);
+    return failed;
+}
+
 /* W(x, gradient): [T, height, width, C, K] densely, what the gradient of the output sends to the weight; channels
  * `channel` to `last_channel` of the input. */
 static int convolution_weight_part(
@@ -125,47 +203,36 @@ static int convolution_weight_part(
     whole last_channel
 ) {
     if (channel >= last_channel) return 0;
+    if (g->in_channels < TALL && g->dilation_width == 1) return convolution_weight_of_image(x, gradient, weight, g, first, last);
     whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
+    whole height = g->in_height, width = g->in_width;
     whole taps = g->height * g->width, blocks = over(K, COLUMNS), padded = blocks * COLUMNS;
-    /* Few channels (an image's) fill no tile: with zeros around the image, the taps of one line are so many more. */
-    int framed = C < TALL && g->dilation_width == 1;
-    whole height = framed ? (P - 1) * g->stride_height + (g->height - 1) * g->dilation_height + 1 : g->in_height;
-    whole width = framed ? (Q - 1) * g->stride_width + g->width : g->in_width;
-    whole above = framed ? 0 : g->padding_height, before = framed ? 0 : g->padding_width;
-    whole depth = framed ? g->width * C : last_channel - channel, panels = over(depth, PANEL);
-    whole panel_step = least(depth, PANEL), lines = most(1, POSITIONS / Q), size = lines * Q;
-    REAL *frame = framed ? calloc((size_t)(B * height * width * C), sizeof(REAL)) : 0;
+    whole depth = last_channel - channel, panels = over(depth, PANEL), panel_step = least(depth, PANEL);
+    whole lines = most(1, POSITIONS / Q), size = lines * Q;
     REAL *v = malloc((size_t)(panels * size * panel_step) * sizeof(REAL));
     REAL *z = calloc((size_t)(size * padded), sizeof(REAL));
     REAL *sums = K == padded ? 0 : malloc((size_t)(taps * C * padded) * sizeof(REAL));
-    int failed = (framed && !frame) || !v || !z || (K != padded && !sums);
+    int failed = !v || !z || (K != padded && !sums);
     for (whole t = first; t < last && !failed; t++) {
-        const REAL *source = x + t * B * g->in_height * g->in_width * C, *other = gradient + t * B * P * Q * K;
+        const REAL *source = x + t * B * height * width * C, *other = gradient + t * B * P * Q * K;
         REAL *to = sums ? sums : weight + t * taps * C * K;
         for (whole tap = 0; tap < taps; tap++)
             memset(to + (tap * C + channel) * padded, 0, (size_t)((last_channel - channel) * padded) * sizeof(REAL));
-        if (framed) {
-            whole left = most(0, g->padding_width), right = least(width, g->in_width + g->padding_width);
-            for (whole b = 0; b < B; b++)
-                for (whole h = 0; h < height; h++) {
-                    whole from = h - g->padding_height;
-                    if (from < 0 || from >= g->in_height || right <= left) continue;
-                    memcpy(
-                        frame + ((b * height + h) * width + left) * C,
-                        source + (b * g->in_height + from) * g->in_width * C, (size_t)((right - left) * C) * sizeof(REAL)
-                    );
-                }
-            source = frame;
-        }
-        for (whole line = 0; line < B * P; line += lines)
+        for (whole line = 0; line < B * P; line += lines) {
+            /* Tasks lie one after the other, as their rows do. */
+            whole next = least(B * P, line + lines), after = least(B * P * (last - t), next + lines);
+#define LINE(n) (source + ((n) / P * height + (n) % P * g->stride_height) * width * C)
+            Ahead inputs = ahead(LINE(next), LINE(after), taps * panels * blocks);
+            Ahead gradients = ahead(other + next * Q * K, other + after * Q * K, taps * panels * blocks);
+#undef LINE
             for (whole i = 0; i < g->height; i++)
-                for (whole j = 0; j < (framed ? 1 : g->width); j++) {
+                for (whole j = 0; j < g->width; j++) {
                     /* What the tap sees at these lines of the output, and their gradients, put together. */
-                    whole along = j * g->dilation_width - before, count = 0;
+                    whole along = j * g->dilation_width - g->padding_width, count = 0;
                     whole q_first = along < 0 ? over(-along, g->stride_width) : 0;
                     whole q_last = along >= width ? 0 : least(Q, (width - 1 - along) / g->stride_width + 1);
-                    for (whole n = line; n < least(B * P, line + lines); n++) {
-                        whole h = n % P * g->stride_height - above + i * g->dilation_height;
+                    for (whole n = line; n < next; n++) {
+                        whole h = n % P * g->stride_height - g->padding_height + i * g->dilation_height;
                         if (h < 0 || h >= height) continue;
                         for (whole q = q_first; q < q_last; q++, count++) {
                             const REAL *at = source + ((n / P * height + h) * width + q * g->stride_width + along) * C;
@@ -182,20 +249,23 @@ static int convolution_weight_part(
                         }
                     }
                     for (whole panel = 0; panel < panels; panel++)
-                        for (whole block = 0; block < blocks; block++)
+                        for (whole block = 0; block < blocks; block++) {
+                            fetch(&inputs);
+                            fetch(&gradients);
                             product(
-                                v + panel * size * panel_step, panel_step, z + block * size * COLUMNS, count,
+                                v + panel * size * panel_step, panel_step, z + block * size * COLUMNS, COLUMNS, count,
                                 least(PANEL, depth - panel * PANEL), WIDE,
                                 to + ((i * g->width + j) * C + channel + panel * PANEL) * padded + block * COLUMNS, padded,
                                 1
                             );
+                        }
                 }
+        }
         if (sums)
             for (whole tap = 0; tap < taps; tap++)
                 for (whole n = tap * C + channel; n < tap * C + last_channel; n++)
                     memcpy(weight + (t * taps * C + n) * K, sums + n * padded, (size_t)K * sizeof(REAL));
     }
-    free(frame);
     free(v);
     free(z);
     free(sums);

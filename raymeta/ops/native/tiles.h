@@ -9,6 +9,8 @@
 #define COLUMNS ((whole)(WIDE * LANES))
 /* Of channels that lie together, row after row; whole tiles, and whole vectors. */
 #define PANEL ((whole)48)
+/* Some steps of a sum in one turn: what a core decodes at once is what limits a tile where another one shares it. */
+#define DEEPER _Pragma("GCC unroll 4")
 /* So many rows of a panel and of COLUMNS stay in a first-level cache. */
 #define NEAR_ROWS ((whole)96)
 
@@ -55,6 +57,7 @@ INLINE void gather_tile(
     }
     for (whole tap = 0; tap < taps->count; tap++) {
         const REAL *weight = taps->weight[tap], *from = x + taps->place[tap];
+        DEEPER
         for (whole d = 0; d < depth; d++, weight += weight_step) {
             Vector factor[WIDE];
             UNROLL
@@ -120,14 +123,16 @@ static void gather(
 
 /* to[r, w] = (more: to[r, w] +) the sum over `count` rows of v[row, r] z[row, w]. */
 INLINE void product_tile(
-    int tall, int wide, const REAL *v, whole v_step, const REAL *z, whole count, REAL *to, whole to_step, int more
+    int tall, int wide, const REAL *v, whole v_step, const REAL *z, whole z_step, whole count, REAL *to, whole to_step,
+    int more
 ) {
     Vector sum[TALL][WIDE];
     UNROLL
     for (int r = 0; r < tall; r++)
         UNROLL
         for (int w = 0; w < wide; w++) sum[r][w] = more ? *(const Vector *)(to + r * to_step + w * LANES) : (Vector){0};
-    for (whole n = 0; n < count; n++, v += v_step, z += COLUMNS) {
+    DEEPER
+    for (whole n = 0; n < count; n++, v += v_step, z += z_step) {
         Vector factor[WIDE];
         UNROLL
         for (int w = 0; w < wide; w++) factor[w] = *(const Vector *)(z + w * LANES);
@@ -144,10 +149,11 @@ INLINE void product_tile(
         for (int w = 0; w < wide; w++) *(Vector *)(to + r * to_step + w * LANES) = sum[r][w];
 }
 
-/* to[depth, wide vectors] = (more: itself +) the sum over `count` rows of v[row, depth] z[row, COLUMNS]; at most PANEL
- * of depth. */
+/* to[depth, wide vectors] = (more: itself +) the sum over `count` rows of v[row, depth] z[row, wide vectors]; at most
+ * PANEL of depth. */
 static void product(
-    const REAL *v, whole v_step, const REAL *z, whole count, whole depth, int wide, REAL *to, whole to_step, int more
+    const REAL *v, whole v_step, const REAL *z, whole z_step, whole count, whole depth, int wide, REAL *to,
+    whole to_step, int more
 ) {
     whole tiles = over(depth, TALL), from[PANEL / TALL + 1];
     for (whole tile = 0; tile <= tiles; tile++) from[tile] = depth * tile / tiles;
@@ -157,7 +163,9 @@ static void product(
             whole d = from[tile];
             int tall = (int)(from[tile + 1] - d);
 #define CALL(tall, wide) \
-    product_tile(tall, wide, v + n * v_step + d, v_step, z + n * COLUMNS, some, to + d * to_step, to_step, more)
+    product_tile( \
+        tall, wide, v + n * v_step + d, v_step, z + n * z_step, z_step, some, to + d * to_step, to_step, more \
+    )
             TILES(CALL)
 #undef CALL
         }

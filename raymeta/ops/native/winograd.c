@@ -314,7 +314,7 @@ static int filtered_weight(
                     for (whole point = 0; point < POINTS; point++)
                         product(
                             v + point * v_step + panel * size * PANEL, PANEL,
-                            z + point * z_step + block * size * COLUMNS, count, depth, (int)over(columns, LANES),
+                            z + point * z_step + block * size * COLUMNS, COLUMNS, count, depth, (int)over(columns, LANES),
                             sums + point * PANEL * COLUMNS, COLUMNS, begin > 0
                         );
                     if (begin + count < tiles) continue;
