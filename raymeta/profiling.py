@@ -31,7 +31,7 @@ RUNS = 5
 # Rows of the list of where the time goes, by a part of the operation's name.
 KINDS = (
     ("convolution", ("convolution", "conv2d")),
-    ("normalisation", ("batch_norm", "layer_norm", "group_norm")),
+    ("normalisation", ("normalise", "batch_norm", "layer_norm", "group_norm")),
     ("matrix products", ("bmm", "mm.default", "addmm", "baddbmm", "matmul", "built-in method mm")),
     ("pooling", ("pool",)),
     ("copies", ("clone", "copy", "cat", "empty", "zeros", "ones", "stack", "arange")),
@@ -232,7 +232,8 @@ def _flops(name: str, args: tuple[Any, ...], result: Any) -> float:
         gradient, weight, wanted = args[0], args[2], args[10]
         return 2.0 * gradient.numel() * weight[0].numel() * (wanted[0] + wanted[1])
     if "convolution_weight" in name:  # of our own, as the next two, whose weights are [T, K, C, h, w]
-        return 2.0 * args[1].numel() * result[0, 0].numel()
+        weight = result if isinstance(result, Tensor) else result[0]
+        return 2.0 * args[1].numel() * weight[0, 0].numel()
     if "convolution_input" in name:
         return 2.0 * args[0].numel() * args[1][0, 0].numel()
     if "convolution" in name:

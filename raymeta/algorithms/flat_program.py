@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from raymeta.algorithms.in_place import write_in_place
-from raymeta.ops.native.layers import DIRECT
+from raymeta.ops.native.layers import DIRECT, prepared
 
 _aten = torch.ops.aten
 
@@ -66,7 +66,7 @@ def shortened(program: fx.GraphModule, tensors: list[Tensor]) -> None:
     program.graph.eliminate_dead_code()
     write_in_place(program, tensors)
     for node in program.graph.nodes:
-        short = _SHORT.get(node.target)
+        short = layouts.prepared.get(node) or _SHORT.get(node.target)
         if short is not None and set(node.kwargs) <= {"alpha"}:
             node.target = short
     program.recompile()
@@ -77,14 +77,21 @@ Layout = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 class _Layouts(fx.Interpreter):
-    """Runs a program once and notes how each tensor lies in memory."""
+    """Runs a program once and notes how each tensor lies in memory, and how a kernel is called for such."""
 
     def __init__(self, program: fx.GraphModule) -> None:
         super().__init__(program)
         self.found: dict[fx.Node, Layout] = {}
+        self.prepared: dict[fx.Node, Callable[..., Any]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        if n.target in DIRECT:
+            arguments, _ = self.fetch_args_kwargs_from_env(n)
+            result, again = prepared(DIRECT[n.target], arguments)
+            if again is not None:
+                self.prepared[n] = again
+        else:
+            result = super().run_node(n)
         if isinstance(result, Tensor) and result.layout == torch.strided:
             self.found[n] = (tuple(result.shape), result.stride(), int(result.storage_offset()))
         return result

@@ -21,6 +21,8 @@ from torch.func import vmap
 from raymeta.algorithms.task_model import TaskModel, chosen_kernels
 from raymeta.errors import InputError
 from raymeta.ops.native import calls, library, operators
+from raymeta.ops.native.layers import DIRECT, prepared
+from raymeta.ops.native.operators import channels_last
 from raymeta.ops.task_kernels import TaskKernels
 from tests.ops.conftest import nodes
 
@@ -76,6 +78,9 @@ def test_convolutions_are_torchs(
     close(to_x, torch.stack([each[0] for each in given]), out * kernel[0] * kernel[1])
     to_weight = torch.ops.raymeta.convolution_weight(x, gradient, kernel, *where)
     close(to_weight, torch.stack([each[1] for each in given]), rows * y.shape[3] * y.shape[4])
+    same, to_bias = torch.ops.raymeta.convolution_weight_bias(x, gradient, kernel, *where)
+    assert torch.equal(same, to_weight)
+    assert torch.equal(to_bias, torch.ops.raymeta.channel_sums(gradient))
 
 
 # What goes by Winograd's filtering: rows, channels, size, padding. Odd sizes and paddings; channels beyond a vector, a
@@ -425,6 +430,7 @@ def operations() -> dict[str, tuple[Any, ...]]:
         "convolution": (x, weight, None, *where),
         "convolution_input": (y, weight, (5, 5), *where),
         "convolution_weight": (x, y, (3, 3), *where),
+        "convolution_weight_bias": (x, y, (3, 3), *where),
         "normalise": (x, c, None, 1e-5, True),
         "normalise_backward": (x, x, c, c, c, c, True),
         "normalise_second_backward": (x, c, None, x, x, c, c, c, c, c, c, True),
@@ -500,3 +506,45 @@ def test_the_rule() -> None:
     for kernels in ("native", "task", "general"):
         assert chosen_kernels(kernels, small) == kernels
     assert [TaskModel(image, "loop").kernels, TaskModel(image, precision="bfloat16").kernels] == ["task", "task"]
+
+
+def prepared_arguments() -> dict[str, tuple[Any, ...]]:
+    """For each operation, arguments that lie as its kernel reads them."""
+    return {
+        name: tuple(
+            channels_last(value.clone()) if isinstance(value, Tensor) and value.dim() != 2 else
+            value.clone() if isinstance(value, Tensor) else value
+            for value in arguments
+        )
+        for name, arguments in operations().items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(operations()))
+def test_a_prepared_call_gives_the_same_for_other_tensors(name: str) -> None:
+    operation, arguments = getattr(torch.ops.raymeta, name).default, prepared_arguments()[name]
+    function = DIRECT[operation]
+    result, again = prepared(function, arguments)
+    if name == "layer_norm_second_backward":  # it has memory of its own
+        assert again is None
+        return
+    assert again is not None
+    others = tuple(value.clone().neg_().add_(3) if isinstance(value, Tensor) else value for value in arguments)
+    for given, expected in ((arguments, result), (others, function(*others)), (arguments, result)):
+        found = again(*given)
+        assert type(found) is type(expected)
+        for one, other in zip(*((v if isinstance(v, tuple) else (v,)) for v in (found, expected)), strict=True):
+            assert torch.equal(one, other)
+            assert one.stride() == other.stride()
+
+
+def test_a_call_that_copies_or_reads_one_memory_twice_is_not_prepared() -> None:
+    x, weight, where = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 6, 4, 3, 3), ((1, 1), (0, 0), (1, 1))
+    convolution = DIRECT[torch.ops.raymeta.convolution.default]
+    result, again = prepared(convolution, (x, weight, None, *where))
+    assert again is None
+    assert torch.equal(result, convolution(x, weight, None, *where))
+    assert prepared(convolution, (channels_last(x), weight, None, *where))[1] is not None
+    rows, c = torch.randn(2, 3, 4), torch.rand(2, 4)
+    backward = DIRECT[torch.ops.raymeta.normalise_backward.default]
+    assert prepared(backward, (rows, rows, None, None, c, c.clone(), True))[1] is None

@@ -289,7 +289,7 @@ INLINE void channel_sums_some(int wide, whole count, const REAL *x, REAL *sums, 
 }
 
 /* The sums of n values a channel each. */
-static int channel_sums_part(
+void channel_sums_part(
     const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last, whole channel, whole last_channel
 ) {
     for (whole t = first; t < last; t++) {
@@ -298,7 +298,6 @@ static int channel_sums_part(
         OVER_CHANNELS(CALL);
 #undef CALL
     }
-    return 0;
 }
 
 /* For all tasks. */
@@ -330,5 +329,5 @@ int normalise_second_backward(
 }
 
 int channel_sums(const REAL *x, REAL *sums, whole n, whole channels, whole tasks, int threads) {
-    BY_THREADS(channel_sums_part(x, sums, n, channels, SPLIT(channels, LANES)))
+    BY_THREADS((channel_sums_part(x, sums, n, channels, SPLIT(channels, LANES)), 0))
 }

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,20 @@ _REAL = {torch.float32: "float", torch.float64: "double"}
 # Below so many numbers it takes longer to wake a thread than to do without it.
 THREADED_FROM = 1 << 15
 
-# A recorded program calls the function itself: a tenth of the way through torch's dispatch.
+# The function of an operation: a tenth of the way through torch's dispatch.
 DIRECT: dict[Any, Callable[..., Any]] = {}
+
+# The calls of kernels that are made meanwhile, where somebody notes them.
+_noted: list[_Call] | None = None
+
+
+class _Call(NamedTuple):
+    """A call of a kernel: its function in C, what that was given before the number of threads, whether it has some."""
+
+    kernel: Kernel
+    function: Callable[..., int]
+    given: list[Any]
+    threaded: bool
 
 
 class Kernel:
@@ -40,10 +52,16 @@ class Kernel:
         Raises:
             InputError: there is no memory for it.
         """
-        threads = torch.get_num_threads() if x.numel() >= THREADED_FROM else 1
+        threaded = x.numel() >= THREADED_FROM
         function = self._functions.get(x.dtype) or self._loaded(x.dtype)
-        if function(*arguments, len(x), threads):
-            raise InputError(f"no memory for the kernel {self.name} (lower algorithm.chunk_tasks)")
+        if _noted is not None:
+            _noted.append(_Call(self, function, [*arguments, len(x)], threaded))
+        if function(*arguments, len(x), torch.get_num_threads() if threaded else 1):
+            self.no_memory()
+
+    def no_memory(self) -> NoReturn:
+        """Raises InputError."""
+        raise InputError(f"no memory for the kernel {self.name} (lower algorithm.chunk_tasks)")
 
     def _loaded(self, dtype: torch.dtype) -> Callable[..., int]:
         found = getattr(kernels(_REAL[dtype]), self.name)
@@ -68,6 +86,50 @@ def no_third_derivative(layer: str) -> NoReturn:
     raise NotImplementedError(
         f"the {layer} of raymeta.ops.native has no third derivative; set algorithm.kernels=general"
     )
+
+
+def prepared(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Callable[..., Any] | None]:
+    """What an operation's function gives; and the same for other tensors of the same sizes and strides, which looks at
+    nothing again.
+
+    None in place of that where the function does more than to call one kernel with the memory of what it is given and
+    of what it returns: where it copies what lies otherwise than the kernel reads it, or needs memory of its own.
+    """
+    global _noted
+    before, _noted = _noted, []
+    try:
+        result = function(*arguments)
+        noted = _noted
+    finally:
+        _noted = before
+    several = isinstance(result, tuple)
+    results = list(result) if several else [result]
+    given = {place: at(value) for place, value in enumerate(arguments) if isinstance(value, Tensor)}
+    if len(noted) != 1 or len(set(given.values())) < len(given):
+        return result, None
+    kernel, run, values, threaded = noted[0]
+    pointers = {place: v for place, v in enumerate(values) if kernel.types[place] is ctypes.c_void_p and type(v) is int}
+    from_given = {pointer: place for place, pointer in given.items()}
+    from_results = {at(value): place for place, value in enumerate(results)}
+    read = [(place, from_given[v]) for place, v in pointers.items() if v in from_given]
+    written = [(place, from_results[v]) for place, v in pointers.items() if v in from_results]
+    if len(read) + len(written) < len(pointers):
+        return result, None
+    empty = [(value.shape, value.stride(), value.dtype) for value in results]
+
+    @functools.wraps(function)
+    def again(*arguments: Any) -> Any:
+        results = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in empty]
+        here = values.copy()
+        for place, which in read:
+            here[place] = arguments[which].data_ptr()
+        for place, which in written:
+            here[place] = results[which].data_ptr()
+        if run(*here, torch.get_num_threads() if threaded else 1):
+            kernel.no_memory()
+        return tuple(results) if several else results[0]
+
+    return result, again
 
 
 _library = torch.library.Library("raymeta", "DEF")

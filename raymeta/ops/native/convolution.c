@@ -138,7 +138,7 @@ static int gathered(
 /* W(x, gradient) as below, of an image: few channels fill no tile, all of the taps together do. With zeros around the image,
  * what a line of taps sees lies side by side. */
 static int convolution_weight_of_image(
-    const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last
+    const REAL *x, const REAL *gradient, REAL *weight, REAL *to_bias, const Geometry *g, whole first, whole last
 ) {
     whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
     whole height = (P - 1) * g->stride_height + (g->height - 1) * g->dilation_height + 1;
@@ -153,7 +153,7 @@ static int convolution_weight_of_image(
     int failed = !frame || !v || (K != padded && (!z || !sums));
     for (whole t = first; t < last && !failed; t++) {
         REAL *to = sums ? sums : weight + t * depth * K;
-        memset(to, 0, (size_t)(depth * padded) * sizeof(REAL));
+        if (to_bias) channel_sums_part(gradient, to_bias, B * P * Q, K, t, t + 1, 0, K);
         for (whole b = 0; b < B; b++)
             for (whole h = 0; h < height; h++) {
                 whole from = h - g->padding_height;
@@ -182,7 +182,7 @@ static int convolution_weight_of_image(
                 for (whole d = 0; d < depth; d += PANEL)
                     product(
                         v + d, depth, (z ? z : other) + column, padded, (next - line) * Q, least(PANEL, depth - d), WIDE,
-                        to + d * padded + column, padded, 1
+                        to + d * padded + column, padded, line > 0
                     );
         }
         if (sums)
@@ -197,13 +197,14 @@ static int convolution_weight_of_image(
 }
 
 /* W(x, gradient): [T, height, width, C, K] densely, what the gradient of the output sends to the weight; channels
- * `channel` to `last_channel` of the input. */
+ * `channel` to `last_channel` of the input. to_bias [T, K]: what it sends to a bias; or null. */
 static int convolution_weight_part(
-    const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last, whole channel,
-    whole last_channel
+    const REAL *x, const REAL *gradient, REAL *weight, REAL *to_bias, const Geometry *g, whole first, whole last,
+    whole channel, whole last_channel
 ) {
     if (channel >= last_channel) return 0;
-    if (g->in_channels < TALL && g->dilation_width == 1) return convolution_weight_of_image(x, gradient, weight, g, first, last);
+    if (g->in_channels < TALL && g->dilation_width == 1)
+        return convolution_weight_of_image(x, gradient, weight, to_bias, g, first, last);
     whole C = g->in_channels, K = g->out_channels, B = g->rows, P = g->out_height, Q = g->out_width;
     whole height = g->in_height, width = g->in_width;
     whole taps = g->height * g->width, blocks = over(K, COLUMNS), padded = blocks * COLUMNS;
@@ -216,8 +217,8 @@ static int convolution_weight_part(
     for (whole t = first; t < last && !failed; t++) {
         const REAL *source = x + t * B * height * width * C, *other = gradient + t * B * P * Q * K;
         REAL *to = sums ? sums : weight + t * taps * C * K;
-        for (whole tap = 0; tap < taps; tap++)
-            memset(to + (tap * C + channel) * padded, 0, (size_t)((last_channel - channel) * padded) * sizeof(REAL));
+        /* It brings the task's gradients into a cache, too. */
+        if (to_bias && !channel) channel_sums_part(gradient, to_bias, B * P * Q, K, t, t + 1, 0, K);
         for (whole line = 0; line < B * P; line += lines) {
             /* Tasks lie one after the other, as their rows do. */
             whole next = least(B * P, line + lines), after = least(B * P * (last - t), next + lines);
@@ -256,7 +257,7 @@ static int convolution_weight_part(
                                 v + panel * size * panel_step, panel_step, z + block * size * COLUMNS, COLUMNS, count,
                                 least(PANEL, depth - panel * PANEL), WIDE,
                                 to + ((i * g->width + j) * C + channel + panel * PANEL) * padded + block * COLUMNS, padded,
-                                1
+                                line > 0
                             );
                         }
                 }
@@ -302,9 +303,11 @@ int convolution_input(const REAL *gradient, const REAL *weight, REAL *x, const G
     BY_THREADS(gathered(gradient, weight, 0, x, &back, 1, SPLIT(g->rows, 1)))
 }
 
-/* W(x, gradient). */
-int convolution_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole tasks, int threads) {
-    if (by_winograd(g)) return winograd_weight(x, gradient, weight, g, tasks, threads);
+/* W(x, gradient), and with `to_bias` the sums of the gradient by channel. */
+int convolution_weight(
+    const REAL *x, const REAL *gradient, REAL *weight, REAL *to_bias, const Geometry *g, whole tasks, int threads
+) {
+    if (by_winograd(g)) return winograd_weight(x, gradient, weight, to_bias, g, tasks, threads);
     whole step = g->in_channels < TALL ? TALL : 1; /* those of an image go together */
-    BY_THREADS(convolution_weight_part(x, gradient, weight, g, SPLIT(g->in_channels, step)))
+    BY_THREADS(convolution_weight_part(x, gradient, weight, to_bias, g, SPLIT(g->in_channels, step)))
 }

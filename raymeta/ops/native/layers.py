@@ -25,7 +25,7 @@ from raymeta.ops.pooling import Window, max_pooled
 
 _ops = torch.ops.raymeta
 # What operations call, now that all are there.
-DIRECT = calls.DIRECT
+DIRECT, prepared = calls.DIRECT, calls.prepared
 Pair = tuple[int, int]
 
 
@@ -95,12 +95,12 @@ class _Forward(torch.autograd.Function):
         if gradient is None:
             return None, None, None, None
         x, weight = ctx.saved_tensors
-        return (
-            _Input.apply(_last(gradient), weight, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None,
-            _Weight.apply(_last(x), _last(gradient), weight.shape[3:], ctx.places) if ctx.needs_input_grad[1] else None,
-            _ChannelSums.apply(gradient) if ctx.needs_input_grad[2] else None,
-            None,
-        )
+        gradient, size = _last(gradient), weight.shape[3:]
+        to_x = _Input.apply(gradient, weight, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1] and ctx.needs_input_grad[2]:
+            return to_x, *_WeightAndBias.apply(_last(x), gradient, size, ctx.places), None
+        to_weight = _Weight.apply(_last(x), gradient, size, ctx.places) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight, _ChannelSums.apply(gradient) if ctx.needs_input_grad[2] else None, None
 
 
 class _Input(torch.autograd.Function):
@@ -149,6 +149,35 @@ class _Weight(torch.autograd.Function):
         )
 
 
+class _WeightAndBias(torch.autograd.Function):
+    """W(x, g), and g's sums by channel [T, C']."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, size: torch.Size, places: Places) -> tuple[Tensor, Tensor]:
+        _remember(ctx, x, gradient, places)
+        result: tuple[Tensor, Tensor] = _ops.convolution_weight_bias(x, gradient, size, *places)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: Tensor | None, of_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, gradient = ctx.saved_tensors
+        if adjoint is None:
+            to_gradient = None if of_bias is None else _over_places(of_bias, gradient.shape)
+            return None, to_gradient, None, None
+        return (
+            _Input.apply(_last(gradient), adjoint, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None,
+            # A sum by channel sends the same to all places, as a bias does.
+            _Forward.apply(_last(x), adjoint, of_bias, ctx.places) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
+
+
+def _over_places(by_channel: Tensor, shape: torch.Size) -> Tensor:
+    """by_channel [T, C] at all rows and places of `shape` [T, B, C, ...]."""
+    return by_channel.reshape(len(by_channel), 1, -1, *[1] * (len(shape) - 3)).expand(shape)
+
+
 def _remember(ctx: Any, first: Tensor, second: Tensor, places: Places) -> None:
     ctx.save_for_backward(first, second)
     ctx.places = places
@@ -166,7 +195,7 @@ class _ChannelSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, adjoint: Tensor) -> Tensor:
-        return adjoint.reshape(len(adjoint), 1, -1, *[1] * (len(ctx.shape) - 3)).expand(ctx.shape)
+        return _over_places(adjoint, ctx.shape)
 
 
 def _normalised(tasks: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rectify: bool) -> Tensor:

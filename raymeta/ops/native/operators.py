@@ -35,7 +35,7 @@ _SIZES = (ctypes.c_int64, ctypes.c_int64)
 _RECTIFY = ctypes.c_int
 _convolution = Kernel("convolution", 4, _GEOMETRY)
 _convolution_input = Kernel("convolution_input", 3, _GEOMETRY)
-_convolution_weight = Kernel("convolution_weight", 3, _GEOMETRY)
+_convolution_weight = Kernel("convolution_weight", 4, _GEOMETRY)
 _normalise = Kernel("normalise", 6, *_SIZES, ctypes.c_double, _RECTIFY)
 _normalise_backward = Kernel("normalise_backward", 9, *_SIZES, _RECTIFY)
 _normalise_second_backward = Kernel("normalise_second_backward", 14, *_SIZES, _RECTIFY)
@@ -155,8 +155,30 @@ def convolution_weight(
     x, gradient = channels_last(x), channels_last(gradient)
     weight = convolution_weight_shape(x, gradient, size, stride, padding, dilation)
     geometry = _geometry(x, gradient, weight.shape, weight.stride(), stride, padding, dilation)
-    _convolution_weight(x, at(x), at(gradient), at(weight), ctypes.byref(geometry))
+    _convolution_weight(x, at(x), at(gradient), at(weight), None, ctypes.byref(geometry))
     return weight
+
+
+def convolution_weight_bias_shape(
+    x: Tensor, gradient: Tensor, size: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
+) -> tuple[Tensor, Tensor]:
+    """Empty tensors for what `convolution_weight_bias` returns."""
+    return convolution_weight_shape(x, gradient, size, stride, padding, dilation), _by_channel(gradient)
+
+
+@operation(
+    f"convolution_weight_bias(Tensor x, Tensor gradient, int[] size, {_PLACES}) -> (Tensor, Tensor)",
+    convolution_weight_bias_shape,
+)
+def convolution_weight_bias(
+    x: Tensor, gradient: Tensor, size: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
+) -> tuple[Tensor, Tensor]:
+    """What `convolution_weight` returns, and [T, K], what the gradient sends to a bias: both read it, once."""
+    x, gradient = channels_last(x), channels_last(gradient)
+    weight, bias = convolution_weight_bias_shape(x, gradient, size, stride, padding, dilation)
+    geometry = _geometry(x, gradient, weight.shape, weight.stride(), stride, padding, dilation)
+    _convolution_weight(x, at(x), at(gradient), at(weight), at(bias), ctypes.byref(geometry))
+    return weight, bias
 
 
 def _geometry(

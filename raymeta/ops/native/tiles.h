@@ -33,7 +33,7 @@ static inline Geometry exchanged(const Geometry *g) {
 /* `winograd.c`, of what `convolution.c` takes. */
 int winograd(const REAL *, const REAL *, const REAL *, REAL *, const Geometry *, whole tasks, int threads);
 int winograd_input(const REAL *, const REAL *, REAL *, const Geometry *, whole tasks, int threads);
-int winograd_weight(const REAL *, const REAL *, REAL *, const Geometry *, whole tasks, int threads);
+int winograd_weight(const REAL *, const REAL *, REAL *, REAL *, const Geometry *, whole tasks, int threads);
 
 /* What a position of the result gathers from: places in a row of the source, and the weight of each, [depth, width]. */
 typedef struct {
@@ -157,7 +157,8 @@ static void product(
 ) {
     whole tiles = over(depth, TALL), from[PANEL / TALL + 1];
     for (whole tile = 0; tile <= tiles; tile++) from[tile] = depth * tile / tiles;
-    for (whole n = 0; n < count; n += NEAR_ROWS, more = 1) {
+    whole n = 0;
+    do { /* once for no rows, too: the sums are zeros then */
         whole some = least(NEAR_ROWS, count - n);
         for (whole tile = 0; tile < tiles; tile++) {
             whole d = from[tile];
@@ -169,7 +170,8 @@ static void product(
             TILES(CALL)
 #undef CALL
         }
-    }
+        more = 1;
+    } while ((n += NEAR_ROWS) < count);
 }
 
 /* Vector by vector: what is copied is short. */

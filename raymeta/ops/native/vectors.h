@@ -106,4 +106,9 @@ INLINE void store(REAL *to, Vector value, whole count) {
     for (int part = 0; part < threads; part++) failed |= part_of; \
     return failed;
 
+/* `batch_norm.c`: the sums of n values a channel each, of channels `channel` to `last_channel`. */
+void channel_sums_part(
+    const REAL *x, REAL *sums, whole n, whole channels, whole first, whole last, whole channel, whole last_channel
+);
+
 #endif

@@ -271,10 +271,11 @@ static void weight_from(const REAL *m, whole depth, whole columns, REAL *to, who
         }
 }
 
-/* W(x, gradient): [T, 3, 3, C, K] densely; channels `channel` to `last_channel` of the input. */
+/* W(x, gradient): [T, 3, 3, C, K] densely; channels `channel` to `last_channel` of the input. to_bias [T, K]: what
+ * it sends to a bias; or null. */
 static int filtered_weight(
-    const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole first, whole last, whole channel, whole
-    last_channel
+    const REAL *x, const REAL *gradient, REAL *weight, REAL *to_bias, const Geometry *g, whole first, whole last,
+    whole channel, whole last_channel
 ) {
     whole C = g->in_channels, K = g->out_channels, B = g->rows, H = g->in_height, W = g->in_width;
     whole P = g->out_height, Q = g->out_width, along = over(Q, 2), of_image = over(P, 2) * along, tiles = B * of_image;
@@ -290,7 +291,8 @@ static int filtered_weight(
     REAL *m = malloc((size_t)(POINTS * PANEL * COLUMNS * (whole_sums ? panels * blocks : 1)) * sizeof(REAL));
     REAL *zeros = calloc((size_t)C, sizeof(REAL));
     int failed = !v || !z || !m || !zeros;
-    for (whole t = first; t < last && !failed; t++)
+    for (whole t = first; t < last && !failed; t++) {
+        if (to_bias && !channel) channel_sums_part(gradient, to_bias, B * P * Q, K, t, t + 1, 0, K);
         for (whole begin = 0; begin < tiles; begin += size) {
             whole count = least(size, tiles - begin);
             for (whole n = 0; n < count; n++) {
@@ -322,6 +324,7 @@ static int filtered_weight(
                     weight_from(sums, depth, columns, weight + (t * 9 * C + c) * K + block * COLUMNS, C * K, K);
                 }
         }
+    }
     free(v);
     free(z);
     free(m);
@@ -345,6 +348,8 @@ int winograd_input(const REAL *gradient, const REAL *weight, REAL *x, const Geom
     return winograd(gradient, last, 0, x, &turned, tasks, threads);
 }
 
-int winograd_weight(const REAL *x, const REAL *gradient, REAL *weight, const Geometry *g, whole tasks, int threads) {
-    BY_THREADS(filtered_weight(x, gradient, weight, g, SPLIT(g->in_channels, LANES)))
+int winograd_weight(
+    const REAL *x, const REAL *gradient, REAL *weight, REAL *to_bias, const Geometry *g, whole tasks, int threads
+) {
+    BY_THREADS(filtered_weight(x, gradient, weight, to_bias, g, SPLIT(g->in_channels, LANES)))
 }
