@@ -8,7 +8,7 @@ not matter when, or whether, a worker records. It frees each tensor after its la
 
 What cannot be recorded (a model whose Python branches on values, a shape that is seldom seen) runs as it is.
 
-`algorithm.compile` goes one step further: `torch.compile` fuses the recorded list into a few kernels of its own. That
+`algorithm.compile` goes one step further: torch's compiler fuses the recorded list into a few kernels of its own. That
 takes tens of seconds once, pays for small models alone (large ones are in the library's convolutions and products
 anyway), and rounds otherwise, so it is a setting and not a rule.
 """
@@ -89,7 +89,7 @@ class Programs:
         Args:
             key: names all that the function does beside its tensors. Their shapes, strides and types are added here.
             function: of tensors alone: whatever else it reads must be the same for the same key.
-            compiled: by `torch.compile`, from the first call on.
+            compiled: by torch's compiler, from the first call on.
             piece_of: the computation that this is a piece of; all of its pieces have one place. None: it is a whole.
             often: whether a piece's computation has come up often enough to be recorded; a whole is counted here.
 
@@ -125,26 +125,25 @@ class Programs:
                 f"algorithm.compile=True, but the tasks come in more than {MOST_PROGRAMS} shapes, each of which would "
                 "be compiled; set algorithm.compile=False, or give the tasks like shapes"
             )
+        from torch._inductor import compile as inductor  # takes a second
+
         try:
-            recording = make_fx(function)(tensors).forward
-            options = _compile_options(tensors[0].device)
-            program: Function = torch.compile(recording, fullgraph=True, dynamic=False, options=options)
+            # The compiler behind `torch.compile`, without what finds out, there, what is recorded here already, and
+            # looks at every call whether it still holds: that takes a fifth of a small model's step.
+            recording = make_fx(lambda *tensors: function(list(tensors)), tracing_mode="fake")(*tensors)
+            # The calls between its kernels in C++: Python's take as long as a third of a small model's arithmetic. (On
+            # a GPU that needs CUDA's headers, which torch does not bring.)
+            options = {"cpp_wrapper": tensors[0].device.type == "cpu"}
             with torch.no_grad():
-                program(tensors)  # this is where it is compiled
+                compiled_program = inductor(recording, [*tensors], options)
+                compiled_program(*tensors)  # what is left of the compiling
         except Exception as error:
             first = str(error).strip().split("\n")[0]
             raise InputError(
                 f"algorithm.compile=True, but torch.compile fails ({type(error).__name__}: {first}); it needs a C++ "
                 "compiler, and a model without branches on values. Set algorithm.compile=False"
             ) from error
-        return program
-
-
-def _compile_options(device: torch.device) -> dict[str, Any]:
-    """Of `torch.compile`. What guards look at (shapes, types, grad mode) is in a program's key, or the same at every
-    call, and looking takes as long as a third of a small model's arithmetic; so do Python's calls between its kernels.
-    (On a GPU a wrapper in C++ needs CUDA's headers, which torch does not bring.)"""
-    return {"cpp_wrapper": device.type == "cpu", "guard_filter_fn": lambda guards: [False] * len(guards)}
+        return lambda tensors: list(compiled_program(*tensors))
 
 
 def signature(tensors: Sequence[Tensor]) -> Hashable:

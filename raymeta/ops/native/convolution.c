@@ -54,9 +54,54 @@ static int see(
     return 1;
 }
 
+/* How a result is gathered. `backwards`: g is `exchanged`, and a position of the result sees what saw it. `joined`: taps side
+ * by side, and what they see, follow on each other in memory: one longer sum, of the same order. */
+typedef struct {
+    const Geometry *g;
+    int backwards, joined;
+    whole in_step, width_step, height_step; /* of the weight as it is read */
+    Seen down, along;
+    Taps taps;
+} Gathering;
+
+/* What position (p, q) sees, from channel c on, with its weights; returns of how many taps each of its sums is. */
+static whole look(Gathering *way, whole p, whole q, whole c, const REAL *weight) {
+    const Seen *down = &way->down, *along = &way->along;
+    whole first = along->from[q], seen = along->from[q + 1] - first, last = first + (way->joined ? least(seen, 1) : seen);
+    Taps *taps = &way->taps;
+    taps->count = 0;
+    for (whole i = down->from[p]; i < down->from[p + 1]; i++)
+        for (whole j = first; j < last; j++) {
+            taps->place[taps->count] = (down->place[i] * way->g->in_width + along->place[j]) * way->g->in_channels + c;
+            taps->weight[taps->count++] = weight + down->tap[i] * way->height_step + along->tap[j] * way->width_step;
+        }
+    return way->joined ? seen : 1;
+}
+
+/* `depth` channels from c on of the sums of columns `column` to `last_column` of `rows` rows, at all positions. All
+ * columns of a position, which lie side by side, before the next one. `weight` begins with channel c. */
+static void gathered_part(
+    Gathering *way, const REAL *source, const REAL *weight, const REAL *bias, REAL *result, whole rows, whole c, whole depth,
+    whole column, whole last_column
+) {
+    const Geometry *g = way->g;
+    whole out = g->out_channels, source_step = g->in_height * g->in_width * g->in_channels;
+    whole result_step = g->out_height * g->out_width * out;
+    for (whole p = 0; p < g->out_height; p++)
+        for (whole q = 0; q < g->out_width; q++) {
+            whole length = depth * look(way, p, q, c, weight + column);
+            for (whole k = column; k < last_column; k += COLUMNS) {
+                gather(
+                    source, source_step, &way->taps, length, way->in_step, bias ? bias + k : 0,
+                    result + (p * g->out_width + q) * out + k, result_step, rows, least(out - k, COLUMNS), c > 0
+                );
+                for (whole n = 0; n < way->taps.count; n++) way->taps.weight[n] += COLUMNS;
+            }
+        }
+}
+
 /* result [T, B, out_height, out_width, out_channels] = bias + for each position the sum over what it sees of the source
- * times the weight; rows `row` to `last_row` of tasks `first` to `last`. `backwards`: g is `exchanged`, and a position of
- * the result sees what saw it. */
+ * times the weight; rows `row` to `last_row` of tasks `first` to `last`. */
 static int gathered(
     const REAL *source, const REAL *weight, const REAL *bias, REAL *result, const Geometry *g, int backwards, whole first,
     whole last, whole row, whole last_row
@@ -65,73 +110,50 @@ static int gathered(
     whole in = g->in_channels, out = g->out_channels, padded = over(out, LANES) * LANES, taps_all = g->height * g->width;
     whole source_step = g->in_height * g->in_width * in, result_step = g->out_height * g->out_width * out;
     int lies = g->out_step == 1 && out == padded; /* as it is read */
-    whole in_step = lies ? g->in_step : padded, width_step = lies ? g->width_step : in * padded;
-    whole height_step = lies ? g->height_step : g->width * in * padded;
+    Gathering way = {g, backwards, 0, padded, in * padded, g->width * in * padded, {0}, {0}, {0}};
+    if (lies) way.in_step = g->in_step, way.width_step = g->width_step, way.height_step = g->height_step;
     whole weight_bytes = taps_all * in * padded * (whole)sizeof(REAL);
-    /* Parts of the depth, for a tile's columns of their weights to stay in a cache; and of the rows, for theirs to. */
+    /* Parts of the depth, for a tile's columns of their weights to stay in a cache; and of the rows, for theirs to; and
+     * of the columns, for what is read of a position's weights to. */
     whole parts = over(in, most(16, NEXT_BYTES / (taps_all * WIDE * VECTOR_BYTES)));
     whole near = most(NEXT_BYTES, 2 * weight_bytes) / (source_step * (whole)sizeof(REAL));
     whole blocks = over(last_row - row, most(TALL, near / TALL * TALL));
-    /* Taps side by side, and what they see, follow on each other in memory: one longer sum, of the same order. */
-    int joined = !backwards && g->dilation_width == 1 && parts == 1 && width_step == in * in_step;
-    /* All columns of a position, which lie side by side, before the next one, where their weights stay in a cache. */
-    whole near_columns = most(COLUMNS, NEXT_BYTES / (taps_all * in * (whole)sizeof(REAL)) / COLUMNS * COLUMNS);
+    whole columns = most(COLUMNS, NEXT_BYTES / (taps_all * in * (whole)sizeof(REAL)) / COLUMNS * COLUMNS);
+    way.joined = !backwards && g->dilation_width == 1 && parts == 1 && way.width_step == in * way.in_step;
     REAL *packed = lies ? 0 : calloc(1, (size_t)weight_bytes);
-    whole *place = malloc((size_t)taps_all * sizeof(whole));
-    const REAL **factor = malloc((size_t)taps_all * sizeof(REAL *));
-    Seen down = {0}, along = {0};
-    int failed = (!lies && !packed) || !place || !factor || !see(
-        &down, g->out_height, g->height, g->in_height, g->stride_height, g->padding_height, g->dilation_height, backwards
+    way.taps.place = malloc((size_t)taps_all * sizeof(whole));
+    way.taps.weight = malloc((size_t)taps_all * sizeof(REAL *));
+    int failed = (!lies && !packed) || !way.taps.place || !way.taps.weight || !see(
+        &way.down, g->out_height, g->height, g->in_height, g->stride_height, g->padding_height, g->dilation_height, backwards
     ) || !see(
-        &along, g->out_width, g->width, g->in_width, g->stride_width, g->padding_width, g->dilation_width, backwards
+        &way.along, g->out_width, g->width, g->in_width, g->stride_width, g->padding_width, g->dilation_width, backwards
     );
-    Taps taps = {0, place, factor};
     for (whole t = first; t < last && !failed; t++) {
         const REAL *w = weight + t * g->task_step;
-        if (!lies) {
-            for (whole i = 0; i < g->height; i++)
-                for (whole j = 0; j < g->width; j++)
-                    packed_rows(
-                        w + i * g->height_step + j * g->width_step, g->in_step, g->out_step, in, out,
-                        packed + i * height_step + j * width_step, padded
-                    );
-            w = packed;
-        }
+        for (whole i = 0; !lies && i < g->height; i++)
+            for (whole j = 0; j < g->width; j++)
+                packed_rows(
+                    w + i * g->height_step + j * g->width_step, g->in_step, g->out_step, in, out,
+                    packed + i * way.height_step + j * way.width_step, padded
+                );
+        if (!lies) w = packed;
         for (whole block = 0; block < blocks; block++) {
             whole b = row + (last_row - row) * block / blocks, rows = row + (last_row - row) * (block + 1) / blocks - b;
-            const REAL *from = source + (t * g->rows + b) * source_step;
-            REAL *to = result + (t * g->rows + b) * result_step;
-            for (whole start = 0; start < out; start += near_columns)
+            for (whole column = 0; column < out; column += columns)
                 for (whole part = 0; part < parts; part++) {
                     whole c = in * part / parts, depth = in * (part + 1) / parts - c;
-                    for (whole p = 0; p < g->out_height; p++)
-                        for (whole q = 0; q < g->out_width; q++) {
-                            whole j_first = along.from[q], seen = along.from[q + 1] - j_first;
-                            whole j_last = j_first + (joined ? least(seen, 1) : seen);
-                            taps.count = 0;
-                            for (whole i = down.from[p]; i < down.from[p + 1]; i++)
-                                for (whole j = j_first; j < j_last; j++) {
-                                    place[taps.count] = (down.place[i] * g->in_width + along.place[j]) * in + c;
-                                    factor[taps.count++] = w + down.tap[i] * height_step + along.tap[j] * width_step
-                                        + c * in_step + start;
-                                }
-                            for (whole column = start; column < least(out, start + near_columns); column += COLUMNS) {
-                                gather(
-                                    from, source_step, &taps, joined ? seen * depth : depth, in_step,
-                                    bias ? bias + t * out + column : 0, to + (p * g->out_width + q) * out + column,
-                                    result_step, rows, least(out - column, COLUMNS), part > 0
-                                );
-                                for (whole n = 0; n < taps.count; n++) factor[n] += COLUMNS;
-                            }
-                        }
+                    gathered_part(
+                        &way, source + (t * g->rows + b) * source_step, w + c * way.in_step, bias ? bias + t * out : 0,
+                        result + (t * g->rows + b) * result_step, rows, c, depth, column, least(out, column + columns)
+                    );
                 }
         }
     }
     free(packed);
-    free(place);
-    free(factor);
-    free(down.from);
-    free(along.from);
+    free(way.taps.place);
+    free(way.taps.weight);
+    free(way.down.from);
+    free(way.along.from);
     return failed;
 }
 
