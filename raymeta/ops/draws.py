@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from raymeta.ops.attention import plain
 from raymeta.seeding import Key, digest
+
+# int64: a task's number, a key, many of them.
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64, SplitMix64's increment
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -35,37 +38,22 @@ def keys_by_purpose(
     seed: int, purposes: Sequence[Key], step: int, tasks: Tensor, device: torch.device | str = "cpu"
 ) -> Sequence[Tensor]:
     """`task_keys` for each of these purposes."""
-    starts = [digest(seed, purpose, step)[:8] for purpose in purposes]
-    if tasks.device.type != "cpu":
-        numbers = mix(tasks + 1)
-        return [mix(numbers + int.from_bytes(start, "little", signed=True)).to(device) for start in starts]
     # A few numbers, at every chunk: NumPy's calls take a tenth of torch's.
-    mixed = _mix_unsigned(tasks.numpy().astype(np.uint64) + _ONE)
-    keys = _mix_unsigned(mixed + np.frombuffer(b"".join(starts), "<u8")[:, None])
-    return torch.from_numpy(keys.view(np.int64)).to(device).unbind()
+    numbers: Any = tasks.numpy() if tasks.device.type == "cpu" else tasks
+    mixed = mix(numbers + 1)
+    starts = [int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True) for purpose in purposes]
+    return [torch.as_tensor(mix(mixed + start), device=device) for start in starts]
 
 
-def _shift_right(value: Tensor, bits: int) -> Tensor:
+def _shift_right(value: Numbers, bits: int) -> Numbers:
     return (value >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts copy the sign; SplitMix64 shifts in zeros
 
 
-def mix(value: Tensor) -> Tensor:
+def mix(value: Numbers) -> Numbers:
     """SplitMix64's finaliser, element by element: a bijection on 64 bits (arithmetic wraps)."""
     value = (value ^ _shift_right(value, 30)) * _MIX_1
     value = (value ^ _shift_right(value, 27)) * _MIX_2
     return value ^ _shift_right(value, 31)
-
-
-_ONE, _30, _27, _31 = (np.uint64(number) for number in (1, 30, 27, 31))
-_UNSIGNED_MIX_1, _UNSIGNED_MIX_2 = (np.uint64(number % (1 << 64)) for number in (_MIX_1, _MIX_2))
-
-
-def _mix_unsigned(value: np.ndarray) -> np.ndarray:
-    """`mix` of uint64, which NumPy has."""
-    value = (value ^ (value >> _30)) * _UNSIGNED_MIX_1
-    value = (value ^ (value >> _27)) * _UNSIGNED_MIX_2
-    mixed: np.ndarray = value ^ (value >> _31)
-    return mixed
 
 
 def derived_key(key: Tensor, number: int | Tensor) -> Tensor:

@@ -138,15 +138,7 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
-        if adjoint is None:
-            return None, None, None, None
-        x, gradient = ctx.saved_tensors
-        return (
-            _Input.apply(_last(gradient), adjoint, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None,
-            _Forward.apply(_last(x), adjoint, None, ctx.places) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
+        return _back_from_weight(ctx, adjoint, None)
 
 
 class _WeightAndBias(torch.autograd.Function):
@@ -160,17 +152,21 @@ class _WeightAndBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, adjoint: Tensor | None, of_bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, gradient = ctx.saved_tensors
-        if adjoint is None:
-            to_gradient = None if of_bias is None else _over_places(of_bias, gradient.shape)
-            return None, to_gradient, None, None
-        return (
-            _Input.apply(_last(gradient), adjoint, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None,
-            # A sum by channel sends the same to all places, as a bias does.
-            _Forward.apply(_last(x), adjoint, of_bias, ctx.places) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
+        return _back_from_weight(ctx, adjoint, of_bias)
+
+
+def _back_from_weight(ctx: Any, adjoint: Tensor | None, of_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What the adjoints of W(x, g) and of g's sums by channel (None: zero) send to x and g."""
+    x, gradient = ctx.saved_tensors
+    if adjoint is None:
+        return None, None if of_bias is None else _over_places(of_bias, gradient.shape), None, None
+    return (
+        _Input.apply(_last(gradient), adjoint, x.shape[3:], ctx.places) if ctx.needs_input_grad[0] else None,
+        # A sum by channel sends the same to all places, as a bias does.
+        _Forward.apply(_last(x), adjoint, of_bias, ctx.places) if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+    )
 
 
 def _over_places(by_channel: Tensor, shape: torch.Size) -> Tensor:
