@@ -152,11 +152,7 @@ def convolution_weight(
     x: Tensor, gradient: Tensor, size: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
 ) -> Tensor:
     """[T, K, C, h, w], what the gradient [T, B, K, P, Q] of a convolution sends to its weight of `size` [h, w]."""
-    x, gradient = channels_last(x), channels_last(gradient)
-    weight = convolution_weight_shape(x, gradient, size, stride, padding, dilation)
-    geometry = _geometry(x, gradient, weight.shape, weight.stride(), stride, padding, dilation)
-    _convolution_weight(x, at(x), at(gradient), at(weight), None, ctypes.byref(geometry))
-    return weight
+    return _weight_gradient(x, gradient, None, size, stride, padding, dilation)
 
 
 def convolution_weight_bias_shape(
@@ -174,11 +170,19 @@ def convolution_weight_bias(
     x: Tensor, gradient: Tensor, size: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
 ) -> tuple[Tensor, Tensor]:
     """What `convolution_weight` returns, and [T, K], what the gradient sends to a bias: both read it, once."""
+    bias = _by_channel(gradient)
+    return _weight_gradient(x, gradient, bias, size, stride, padding, dilation), bias
+
+
+def _weight_gradient(
+    x: Tensor, gradient: Tensor, bias: Tensor | None, size: _Pair, stride: _Pair, padding: _Pair, dilation: _Pair
+) -> Tensor:
+    """What `convolution_weight` returns; into `bias` [T, K], where there is one, what the gradient sends there."""
     x, gradient = channels_last(x), channels_last(gradient)
-    weight, bias = convolution_weight_bias_shape(x, gradient, size, stride, padding, dilation)
+    weight = convolution_weight_shape(x, gradient, size, stride, padding, dilation)
     geometry = _geometry(x, gradient, weight.shape, weight.stride(), stride, padding, dilation)
     _convolution_weight(x, at(x), at(gradient), at(weight), at(bias), ctypes.byref(geometry))
-    return weight, bias
+    return weight
 
 
 def _geometry(
