@@ -1,15 +1,17 @@
-"""The outer optimiser: torch.optim on the flat parameters, a schedule, and a global gradient norm."""
+"""The outer optimiser: torch.optim, or Muon, on the flat parameters, a schedule, and a global gradient norm."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from raymeta.errors import InputError
+from raymeta.muon import Muon
 from raymeta.params import MODEL, ParameterLayout
 
 
@@ -18,7 +20,8 @@ class OuterSettings:
     """The `outer` section of the configuration.
 
     Attributes:
-        optimizer: "adam", "adamw" or "sgd".
+        optimizer: "adam", "adamw" or "sgd"; or "muon" for the model's parameters of two dimensions and more, with
+            "adamw" for all else.
         rate: the papers' beta, of the model's parameters.
         learned_rate: of what a learner learns beside them (inner rates, ...); None: `rate`.
         steps: outer steps in all.
@@ -27,10 +30,11 @@ class OuterSettings:
             every `step_every` outer steps. It scales both rates alike.
         warmup_steps: the rates rise linearly over so many first steps.
         max_gradient_norm: a longer mean gradient is scaled down to this norm; None: never.
-        weight_decay, momentum, betas, epsilon: as in torch.optim.
+        momentum: of "sgd" (None: 0) and "muon" (None: 0.95).
+        weight_decay, betas, epsilon: as in torch.optim.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adam"
     rate: float = 1e-3
     learned_rate: float | None = None
     steps: int = 60_000
@@ -42,7 +46,7 @@ class OuterSettings:
     warmup_steps: int = 0
     max_gradient_norm: float | None = None
     weight_decay: float = 0.0
-    momentum: float = 0.0
+    momentum: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
 
@@ -64,41 +68,43 @@ class OuterSettings:
         return factor
 
 
+class _Part(NamedTuple):
+    """A piece of the flat parameters that is stepped as one: a view of them, where it lies, at which rate."""
+
+    values: Tensor
+    piece: slice
+    rate: float
+
+
 class OuterOptimizer:
-    """Steps a flat vector [P] in place: one group for the model's parameters, one for what is learned beside them."""
+    """Steps a flat vector [P] in place: the model's parameters, and what is learned beside them, each at its rate."""
 
     def __init__(self, flat: Tensor, layout: ParameterLayout, settings: OuterSettings) -> None:
         self.settings = settings
-        of_model = [name.startswith(MODEL) for name in layout.names]
-        assert of_model == sorted(of_model, reverse=True), "the model's parameters come first"
-        own = sum(size for size, model in zip(layout.sizes, of_model, strict=True) if model)
-        # Views: the optimiser's in-place steps are steps of `flat`.
-        self._parts = [part for part in (flat[:own], flat[own:]) if part.numel()]
-        rates = [settings.rate, settings.rate if settings.learned_rate is None else settings.learned_rate]
-        groups = [{"params": [part], "lr": rate} for part, rate in zip(self._parts, rates, strict=False)]
-        self._rates = [rate for _, rate in zip(self._parts, rates, strict=False)]
-        self._optimizer = _make(groups, settings)
+        pieces, matrices = _parts(flat, layout, settings)
+        self._optimizers = [
+            (make(_groups(parts), settings), parts)
+            for make, parts in ((_make, pieces), (_make_muon, matrices))
+            if parts
+        ]
 
     def apply(self, gradient: Tensor, step: int) -> None:
         """One step with the mean gradient [P], in outer step `step`."""
         factor = self.settings.factor(step)
-        pieces = gradient.split([len(part) for part in self._parts])
-        for part, piece, group, rate in zip(
-            self._parts, pieces, self._optimizer.param_groups, self._rates, strict=True
-        ):
-            part.grad = piece
-            group["lr"] = rate * factor
-        self._optimizer.step()
-        for part in self._parts:
-            part.grad = None
+        for optimizer, parts in self._optimizers:
+            for part, group in zip(parts, optimizer.param_groups, strict=True):
+                part.values.grad = gradient[part.piece].view(part.values.shape)
+                group["lr"] = part.rate * factor
+            optimizer.step()
+            for part in parts:
+                part.values.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """The optimiser's variables by name: `<group>.<variable>`."""
-        state = self._optimizer.state_dict()["state"]
+        """The optimiser's variables by name: `<number of the part>.<variable>`."""
         return {
-            f"{group}.{name}": torch.as_tensor(value).detach().clone()
-            for group, variables in state.items()
-            for name, value in variables.items()
+            f"{number}.{name}": torch.as_tensor(value).detach().clone()
+            for number, (optimizer, part) in enumerate(self._all())
+            for name, value in optimizer.state.get(part.values, {}).items()
             if value is not None
         }
 
@@ -108,26 +114,64 @@ class OuterOptimizer:
         Raises:
             InputError: variables of another optimiser or of other parameters.
         """
-        grouped: dict[int, dict[str, Tensor]] = {}
+        sizes = [part.values.numel() for _, part in self._all()]
+        by_part: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
-            group, _, variable = name.partition(".")
-            number = int(group)
-            if number >= len(self._parts) or value.numel() not in (1, self._parts[number].numel()):
+            given, _, variable = name.partition(".")
+            number = int(given)
+            if number >= len(sizes) or value.numel() not in (1, sizes[number]):
                 raise InputError(
                     f"the checkpoint's optimiser variable {name!r} has {value.numel()} numbers, which fits no "
                     "parameter of this run"
                 )
-            grouped.setdefault(number, {})[variable] = value.clone()
-        whole = self._optimizer.state_dict()
-        self._optimizer.load_state_dict({"state": grouped, "param_groups": whole["param_groups"]})
+            by_part.setdefault(number, {})[variable] = value.clone()
+        first = 0
+        for optimizer, parts in self._optimizers:
+            own = {place: by_part[first + place] for place in range(len(parts)) if first + place in by_part}
+            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+            first += len(parts)
+
+    def _all(self) -> Iterator[tuple[torch.optim.Optimizer, _Part]]:
+        return ((optimizer, part) for optimizer, parts in self._optimizers for part in parts)
 
 
-def _make(groups: list[dict[str, object]], settings: OuterSettings) -> torch.optim.Optimizer:
+def _parts(flat: Tensor, layout: ParameterLayout, settings: OuterSettings) -> tuple[list[_Part], list[_Part]]:
+    """What is stepped number by number, tensors beside each other as one; and the matrices that Muon steps."""
+    pieces: list[_Part] = []
+    matrices: list[_Part] = []
+    learned_rate = settings.rate if settings.learned_rate is None else settings.learned_rate
+    before, end = None, 0  # of the tensor before: whether the model's, where it is a piece; where it ends
+    for name, shape, size in zip(layout.names, layout.shapes, layout.sizes, strict=True):
+        start, end = end, end + size
+        of_model = name.startswith(MODEL)
+        rate = settings.rate if of_model else learned_rate
+        if settings.optimizer == "muon" and of_model and len(shape) > 1:
+            matrices.append(_Part(flat[start:end].view(shape), slice(start, end), rate))
+            before = None
+            continue
+        if before == of_model:
+            start = pieces.pop().piece.start
+        before = of_model
+        # Views: the optimiser's in-place steps are steps of `flat`.
+        pieces.append(_Part(flat[start:end], slice(start, end), rate))
+    return pieces, matrices
+
+
+def _groups(parts: list[_Part]) -> list[dict[str, Any]]:
+    return [{"params": [part.values], "lr": part.rate} for part in parts]
+
+
+def _make(groups: list[dict[str, Any]], settings: OuterSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        return torch.optim.SGD(groups, momentum=settings.momentum or 0.0, weight_decay=settings.weight_decay)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     # fused: one pass over parameters, gradient and moments; 20 instead of 50 ms at 10 million parameters on one core.
     return kind(groups, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True)
+
+
+def _make_muon(groups: list[dict[str, Any]], settings: OuterSettings) -> torch.optim.Optimizer:
+    momentum = 0.95 if settings.momentum is None else settings.momentum
+    return Muon(groups, momentum=momentum, weight_decay=settings.weight_decay)
 
 
 def clip_by_global_norm(gradient: Tensor, max_norm: float | None) -> float:

@@ -31,10 +31,11 @@ class Outer(Section):
         schedule: of both rates, after a linear rise over `warmup_steps`: "constant"; "cosine" or "linear", down to
             `final_rate` at the last step; "step", times `step_factor` every `step_every` steps.
         max_gradient_norm: the mean gradient is scaled down to this global norm; None: never.
-        momentum: of "sgd". betas, epsilon: of "adam" and "adamw".
+        optimizer: "muon" is for the model's weights, with "adamw" for biases, norms and what is learned beside them.
+        momentum: of "sgd" (null: 0) and "muon" (null: 0.95). betas, epsilon: of all but "sgd".
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adam"
     rate: float = Field(default=1e-3, gt=0)
     learned_rate: float | None = Field(default=None, gt=0)
     steps: int = Field(default=60000, ge=0)
@@ -46,7 +47,7 @@ class Outer(Section):
     step_factor: float | None = Field(default=None, gt=0)
     max_gradient_norm: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     epsilon: float = Field(default=1e-8, gt=0)
 
@@ -55,10 +56,11 @@ class Outer(Section):
         if self.optimizer == "sgd":
             for name in ("betas", "epsilon"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(_without_meaning("outer", self, name, "optimizer", "belongs to adam and adamw"))
-        elif self.momentum:
+                    owners = "belongs to adam, adamw and muon"
+                    raise ValueError(_without_meaning("outer", self, name, "optimizer", owners))
+        elif self.momentum and self.optimizer != "muon":
             raise ValueError(
-                _without_meaning("outer", self, "momentum", "optimizer", "belongs to sgd; see outer.betas")
+                _without_meaning("outer", self, "momentum", "optimizer", "belongs to sgd and muon; see outer.betas")
             )
         for name in ("step_every", "step_factor"):
             given = getattr(self, name) is not None

@@ -7,12 +7,17 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import ray
 import torch
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # several such processes share the cores
+
+# How long an example takes says nothing where several processes share the cores.
+hypothesis.settings.register_profile("shared cores", deadline=None)
+hypothesis.settings.load_profile("shared cores")
 
 # Actors that test faults and worker counts are small: there are more of them than cores.
 CLUSTER_CPUS = 4

@@ -104,7 +104,7 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(state=st.dictionaries(st.text(max_size=5), plain, max_size=4))
 def test_any_json_state_comes_back(state: dict, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("state")
@@ -214,7 +214,7 @@ def test_damage_is_refused_naming_the_file_and_the_other_steps(file: str, damage
     assert same(load(tmp_path, 10), make(10))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_flipped_bit_of_a_checkpoint_is_refused(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

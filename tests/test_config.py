@@ -169,12 +169,16 @@ REFUSED = [
     ("outer.steps=1e3", r"outer\.steps=1000\.0; expected a whole number\."),
     ("outer.steps=-1", r"outer\.steps=-1; expected a number greater than or equal to 0"),
     ("outer.tasks_per_step=0", r"outer\.tasks_per_step=0; expected a number greater than or equal to 1"),
-    ("outer.optimizer=adamm", r"outer\.optimizer='adamm': unknown; did you mean 'adam'\? Allowed: adam, adamw, sgd\."),
+    (
+        "outer.optimizer=adamm",
+        r"outer\.optimizer='adamm': unknown; did you mean 'adam'\? Allowed: adam, adamw, muon, sgd\.",
+    ),
     ("outer.betas=0.9", r"outer\.betas=0\.9; expected a list"),
     ("outer.betas=[0.9]", r"outer\.betas\[1\]: missing"),
     ("outer.betas=[0.9, 1.0]", r"outer\.betas\[1\]=1\.0; expected a number less than 1\."),
     ("outer=3", r"outer=3; expected a mapping\."),
-    ("outer.momentum=0.5", r"outer\.momentum=0\.5 with outer\.optimizer='adam': it belongs to sgd"),
+    ("outer.momentum=0.5", r"outer\.momentum=0\.5 with outer\.optimizer='adam': it belongs to sgd and muon"),
+    ("outer={optimizer: muon, momentum: 1.0}", r"outer\.momentum=1\.0; expected a number less than 1\."),
     (
         "outer={optimizer: sgd, betas: [0.5, 0.9]}",
         r"outer\.betas=\[0\.5, 0\.9\] with outer\.optimizer='sgd': it belongs to",

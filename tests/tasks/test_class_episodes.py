@@ -61,7 +61,7 @@ def same(one: Episodes, other: Episodes) -> bool:
     return all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ways=st.integers(2, 6),
     shots=st.integers(1, 2),
