@@ -13,7 +13,7 @@ INLINE Vector gated(Vector value, Vector y) {
 
 /* The values of some channels that a batch norm is made of. */
 typedef struct {
-    Vector mean[WIDE], scale[WIDE], factor[WIDE], bias[WIDE];
+    Vector mean[BAND], scale[BAND], factor[BAND], bias[BAND];
 } Norm;
 
 INLINE void set_norm(
@@ -32,12 +32,12 @@ INLINE void set_norm(
 INLINE void statistics(
     int wide, whole count, const REAL *x, whole n, whole channels, double eps, REAL *mean, REAL *scale
 ) {
-    double centre[WIDE][LANES], squares[WIDE][LANES];
+    double centre[BAND][LANES], squares[BAND][LANES];
     for (int w = 0; w < wide; w++)
         for (int lane = 0; lane < LANES; lane++) centre[w][lane] = squares[w][lane] = 0;
     for (whole row = 0; row < n; row += RUN) {
         whole end = least(n, row + RUN);
-        Vector middle[WIDE], square[WIDE];
+        Vector middle[BAND], square[BAND];
         UNROLL for (int w = 0; w < wide; w++) middle[w] = square[w] = (Vector){0};
         for (whole r = row; r < end; r++)
             UNROLL for (int w = 0; w < wide; w++) middle[w] += load(x + r * channels + w * LANES, count);
@@ -111,13 +111,13 @@ INLINE void normalise_backward_some(
     const REAL *scale, REAL *to_x, REAL *products, REAL *totals, whole n, whole channels, int rectify
 ) {
     Norm norm;
-    double total[WIDE][LANES], product[WIDE][LANES];
+    double total[BAND][LANES], product[BAND][LANES];
     set_norm(&norm, wide, count, weight, bias, mean, scale);
     for (int w = 0; w < wide; w++)
         for (int lane = 0; lane < LANES; lane++) total[w][lane] = product[w][lane] = 0;
     for (whole row = 0; row < n; row += RUN) {
         whole end = least(n, row + RUN);
-        Vector sum[WIDE], along[WIDE];
+        Vector sum[BAND], along[BAND];
         UNROLL for (int w = 0; w < wide; w++) sum[w] = along[w] = (Vector){0};
         for (whole r = row; r < end; r++)
             UNROLL for (int w = 0; w < wide; w++) {
@@ -133,7 +133,7 @@ INLINE void normalise_backward_some(
                 product[w][lane] += (double)along[w][lane];
             }
     }
-    Vector by_distance[WIDE] = {{0}}, alone[WIDE] = {{0}};
+    Vector by_distance[BAND] = {{0}}, alone[BAND] = {{0}};
     for (int w = 0; w < wide; w++) {
         Vector all = {0}, weighted = {0};
         for (int lane = 0; lane < LANES; lane++) {
@@ -182,13 +182,13 @@ INLINE void normalise_second_backward_some(
     const REAL *totals, REAL *to_gradient, REAL *to_x, REAL *to_weight, whole n, whole channels, int rectify
 ) {
     Norm norm;
-    double total[WIDE][LANES], product[WIDE][LANES], shared[WIDE][LANES];
+    double total[BAND][LANES], product[BAND][LANES], shared[BAND][LANES];
     set_norm(&norm, wide, count, weight, bias, mean, scale);
     for (int w = 0; w < wide; w++)
         for (int lane = 0; lane < LANES; lane++) total[w][lane] = product[w][lane] = shared[w][lane] = 0;
     for (whole row = 0; adjoint && row < n; row += RUN) {
         whole end = least(n, row + RUN);
-        Vector sum[WIDE], along[WIDE], common[WIDE];
+        Vector sum[BAND], along[BAND], common[BAND];
         UNROLL for (int w = 0; w < wide; w++) sum[w] = along[w] = common[w] = (Vector){0};
         for (whole r = row; r < end; r++)
             UNROLL for (int w = 0; w < wide; w++) {
@@ -207,8 +207,8 @@ INLINE void normalise_second_backward_some(
             }
     }
     /* Both results are linear in the adjoint (wish), the gradient (slope), the distance from the mean, and 1. */
-    Vector back_distance[WIDE] = {{0}}, back_alone[WIDE] = {{0}}, by_slope[WIDE] = {{0}}, by_wish[WIDE] = {{0}};
-    Vector by_distance[WIDE] = {{0}}, alone[WIDE] = {{0}};
+    Vector back_distance[BAND] = {{0}}, back_alone[BAND] = {{0}}, by_slope[BAND] = {{0}}, by_wish[BAND] = {{0}};
+    Vector by_distance[BAND] = {{0}}, alone[BAND] = {{0}};
     for (int w = 0; w < wide; w++) {
         Vector a = to_products ? load(to_products + w * LANES, count) : (Vector){0};
         Vector c = to_totals ? load(to_totals + w * LANES, count) : (Vector){0};
@@ -269,12 +269,12 @@ static int normalise_second_backward_part(
 }
 
 INLINE void channel_sums_some(int wide, whole count, const REAL *x, REAL *sums, whole n, whole channels) {
-    double total[WIDE][LANES];
+    double total[BAND][LANES];
     for (int w = 0; w < wide; w++)
         for (int lane = 0; lane < LANES; lane++) total[w][lane] = 0;
     for (whole row = 0; row < n; row += RUN) {
         whole end = least(n, row + RUN);
-        Vector sum[WIDE];
+        Vector sum[BAND];
         UNROLL for (int w = 0; w < wide; w++) sum[w] = (Vector){0};
         for (whole r = row; r < end; r++)
             UNROLL for (int w = 0; w < wide; w++) sum[w] += load(x + r * channels + w * LANES, count);

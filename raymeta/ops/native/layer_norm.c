@@ -100,7 +100,7 @@ static int to_x_part(
  * them. */
 #define OVER_ROWS(CALL) \
     for (whole r = 0; r < rows; r += RUN) { \
-        Vector sum[WIDE], other[WIDE]; \
+        Vector sum[BAND], other[BAND]; \
         UNROLL for (int w = 0; w < wide; w++) sum[w] = other[w] = (Vector){0}; \
         for (whole row = r; row < least(rows, r + RUN); row++) \
             UNROLL for (int w = 0; w < wide; w++) { \
@@ -118,7 +118,7 @@ INLINE void to_weight_some(
     int wide, whole count, const REAL *gradient, const REAL *x, const REAL *mean, const REAL *scale, REAL *products,
     REAL *totals, whole rows, whole size
 ) {
-    double total[WIDE][LANES] = {{0}}, product[WIDE][LANES] = {{0}};
+    double total[BAND][LANES] = {{0}}, product[BAND][LANES] = {{0}};
     OVER_ROWS(
         Vector slope = load(gradient + at, count); sum[w] += slope;
         other[w] += slope * ((load(x + at, count) - mean[row]) * scale[row])
@@ -202,7 +202,7 @@ INLINE void second_to_weight_some(
     int wide, whole count, const REAL *adjoint, const REAL *gradient, const REAL *x, const REAL *mean, const REAL
     *scale, const REAL *mean_a, const REAL *mean_an, REAL *to_weight, whole rows, whole size
 ) {
-    double total[WIDE][LANES] = {{0}}, product[WIDE][LANES] = {{0}};
+    double total[BAND][LANES] = {{0}}, product[BAND][LANES] = {{0}};
     OVER_ROWS(
         Vector n = (load(x + at, count) - mean[row]) * scale[row];
         sum[w] += load(gradient + at, count) * scale[row] * (load(adjoint + at, count) - mean_a[row] - n * mean_an[row])
