@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
     weight of 64 x 576 (float32: 0.6), and refuses convolutions.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, weight_decay: float = 0.0) -> None:
         """Args:
         groups: of "params", each with two or more dimensions, of which all but the first count as columns, and "lr".
         """

@@ -30,8 +30,8 @@ class OuterSettings:
             every `step_every` outer steps. It scales both rates alike.
         warmup_steps: the rates rise linearly over so many first steps.
         max_gradient_norm: a longer mean gradient is scaled down to this norm; None: never.
-        momentum: of "sgd" (None: 0) and "muon" (None: 0.95).
-        weight_decay, betas, epsilon: as in torch.optim.
+        weight_decay: as in torch.optim, of the model's parameters alone.
+        momentum, betas, epsilon: as in torch.optim; Muon's momentum is the first of the betas.
     """
 
     optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adam"
@@ -46,7 +46,7 @@ class OuterSettings:
     warmup_steps: int = 0
     max_gradient_norm: float | None = None
     weight_decay: float = 0.0
-    momentum: float | None = None
+    momentum: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
 
@@ -69,11 +69,11 @@ class OuterSettings:
 
 
 class _Part(NamedTuple):
-    """A piece of the flat parameters that is stepped as one: a view of them, where it lies, at which rate."""
+    """A piece of the flat parameters that is stepped as one: a view of it, where it lies, whether it is the model's."""
 
     values: Tensor
     piece: slice
-    rate: float
+    of_model: bool
 
 
 class OuterOptimizer:
@@ -83,9 +83,7 @@ class OuterOptimizer:
         self.settings = settings
         pieces, matrices = _parts(flat, layout, settings)
         self._optimizers = [
-            (make(_groups(parts), settings), parts)
-            for make, parts in ((_make, pieces), (_make_muon, matrices))
-            if parts
+            (make(parts, settings), parts) for make, parts in ((_by_number, pieces), (_by_matrix, matrices)) if parts
         ]
 
     def apply(self, gradient: Tensor, step: int) -> None:
@@ -94,7 +92,7 @@ class OuterOptimizer:
         for optimizer, parts in self._optimizers:
             for part, group in zip(parts, optimizer.param_groups, strict=True):
                 part.values.grad = gradient[part.piece].view(part.values.shape)
-                group["lr"] = part.rate * factor
+                group["lr"] = _rate(part, self.settings) * factor
             optimizer.step()
             for part in parts:
                 part.values.grad = None
@@ -139,39 +137,49 @@ def _parts(flat: Tensor, layout: ParameterLayout, settings: OuterSettings) -> tu
     """What is stepped number by number, tensors beside each other as one; and the matrices that Muon steps."""
     pieces: list[_Part] = []
     matrices: list[_Part] = []
-    learned_rate = settings.rate if settings.learned_rate is None else settings.learned_rate
     before, end = None, 0  # of the tensor before: whether the model's, where it is a piece; where it ends
     for name, shape, size in zip(layout.names, layout.shapes, layout.sizes, strict=True):
         start, end = end, end + size
         of_model = name.startswith(MODEL)
-        rate = settings.rate if of_model else learned_rate
         if settings.optimizer == "muon" and of_model and len(shape) > 1:
-            matrices.append(_Part(flat[start:end].view(shape), slice(start, end), rate))
+            matrices.append(_Part(flat[start:end].view(shape), slice(start, end), of_model))
             before = None
             continue
         if before == of_model:
             start = pieces.pop().piece.start
         before = of_model
         # Views: the optimiser's in-place steps are steps of `flat`.
-        pieces.append(_Part(flat[start:end], slice(start, end), rate))
+        pieces.append(_Part(flat[start:end], slice(start, end), of_model))
     return pieces, matrices
 
 
-def _groups(parts: list[_Part]) -> list[dict[str, Any]]:
-    return [{"params": [part.values], "lr": part.rate} for part in parts]
+def _rate(part: _Part, settings: OuterSettings) -> float:
+    return settings.rate if part.of_model or settings.learned_rate is None else settings.learned_rate
 
 
-def _make(groups: list[dict[str, Any]], settings: OuterSettings) -> torch.optim.Optimizer:
+def _groups(parts: list[_Part], settings: OuterSettings) -> list[dict[str, Any]]:
+    return [
+        {
+            "params": [part.values],
+            "lr": _rate(part, settings),
+            # What is learned beside the model (an inner rate, a curvature near one) has no reason to be near zero.
+            "weight_decay": settings.weight_decay if part.of_model else 0.0,
+        }
+        for part in parts
+    ]
+
+
+def _by_number(parts: list[_Part], settings: OuterSettings) -> torch.optim.Optimizer:
+    groups = _groups(parts, settings)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum or 0.0, weight_decay=settings.weight_decay)
+        return torch.optim.SGD(groups, momentum=settings.momentum)
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     # fused: one pass over parameters, gradient and moments; 20 instead of 50 ms at 10 million parameters on one core.
-    return kind(groups, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True)
+    return kind(groups, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
-def _make_muon(groups: list[dict[str, Any]], settings: OuterSettings) -> torch.optim.Optimizer:
-    momentum = 0.95 if settings.momentum is None else settings.momentum
-    return Muon(groups, momentum=momentum, weight_decay=settings.weight_decay)
+def _by_matrix(parts: list[_Part], settings: OuterSettings) -> torch.optim.Optimizer:
+    return Muon(_groups(parts, settings), momentum=settings.betas[0])
 
 
 def clip_by_global_norm(gradient: Tensor, max_norm: float | None) -> float:

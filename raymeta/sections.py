@@ -32,7 +32,8 @@ class Outer(Section):
             `final_rate` at the last step; "step", times `step_factor` every `step_every` steps.
         max_gradient_norm: the mean gradient is scaled down to this global norm; None: never.
         optimizer: "muon" is for the model's weights, with "adamw" for biases, norms and what is learned beside them.
-        momentum: of "sgd" (null: 0) and "muon" (null: 0.95). betas, epsilon: of all but "sgd".
+        weight_decay: of the model's parameters alone.
+        momentum: of "sgd". betas, epsilon: of all others; Muon's momentum is the first of the betas.
     """
 
     optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adam"
@@ -47,7 +48,7 @@ class Outer(Section):
     step_factor: float | None = Field(default=None, gt=0)
     max_gradient_norm: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    momentum: float | None = Field(default=None, ge=0, lt=1)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     epsilon: float = Field(default=1e-8, gt=0)
 
@@ -58,9 +59,9 @@ class Outer(Section):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     owners = "belongs to adam, adamw and muon"
                     raise ValueError(_without_meaning("outer", self, name, "optimizer", owners))
-        elif self.momentum and self.optimizer != "muon":
+        elif self.momentum:
             raise ValueError(
-                _without_meaning("outer", self, "momentum", "optimizer", "belongs to sgd and muon; see outer.betas")
+                _without_meaning("outer", self, "momentum", "optimizer", "belongs to sgd; see outer.betas")
             )
         for name in ("step_every", "step_factor"):
             given = getattr(self, name) is not None

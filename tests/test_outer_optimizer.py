@@ -100,7 +100,11 @@ def test_it_is_torch_optim_on_the_named_tensors(optimizer: str) -> None:
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     groups = [
         {"params": [leaf for name, leaf in leaves.items() if name.startswith("model.")], "lr": 0.05},
-        {"params": [leaf for name, leaf in leaves.items() if not name.startswith("model.")], "lr": 0.2},
+        {
+            "params": [leaf for name, leaf in leaves.items() if not name.startswith("model.")],
+            "lr": 0.2,
+            "weight_decay": 0.0,
+        },
     ]
     reference = kind(groups, **theirs)
     for step, gradient in enumerate(gradients(5)):
@@ -119,12 +123,17 @@ def muon_apart(start: dict[str, Tensor], settings: OuterSettings) -> dict[str, T
     """Where torch's own optimisers, each on what is its own, come to with `gradients(6)`."""
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     matrices = {name: leaves[name].detach().flatten(1).requires_grad_() for name in leaves if name in MATRICES}
-    rest = [leaf for name, leaf in leaves.items() if name not in MATRICES]
+    learned = [leaf for name, leaf in leaves.items() if not name.startswith("model.")]
     references = (
         torch.optim.Muon(
-            matrices.values(), lr=settings.rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+            matrices.values(),
+            lr=settings.rate,
+            weight_decay=settings.weight_decay,
+            momentum=settings.betas[0],
+            adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW(rest, lr=settings.rate, weight_decay=settings.weight_decay),
+        torch.optim.AdamW([leaves["model.bias"]], lr=settings.rate, weight_decay=settings.weight_decay),
+        torch.optim.AdamW(learned, lr=settings.rate, weight_decay=0.0),
     )
     for gradient in gradients(6):
         for name, leaf in leaves.items():
