@@ -20,10 +20,12 @@ from pydantic_core import to_jsonable_python
 
 from raymeta import yaml_text
 from raymeta.algorithms import FAMILIES, FILLED_BY_BUILD, LEARNERS
-from raymeta.errors import InputError, nearest
+from raymeta.errors import InputError, nearest, shown
 from raymeta.models import MODELS
-from raymeta.parts import arguments_of, dotted, find_part, resolve_arguments, sentences, shown
-from raymeta.sections import SCHEDULES_TO_THE_END, Evaluation, Outer, Section, Workers
+from raymeta.outer_optimizer import SCHEDULES_TO_THE_END, OuterSettings
+from raymeta.parts import arguments_of, dotted, find_part, resolve_arguments, sentences
+from raymeta.section import Section
+from raymeta.sections import Evaluation, Workers
 from raymeta.tasks import TASK_SOURCES
 
 DEFAULT_RECIPE = "omniglot-5w1s-maml"
@@ -54,7 +56,7 @@ class _Input(Section):
     tasks: _Part
     model: _Part
     algorithm: _AlgorithmPart
-    outer: Outer = Outer()
+    outer: OuterSettings = OuterSettings()
     workers: Workers = Workers()
     evaluation: Evaluation = Evaluation()
 
@@ -83,7 +85,7 @@ class Config:
     model: Part
     algorithm: Part
     chunk_tasks: int | None
-    outer: Outer
+    outer: OuterSettings
     workers: Workers
     evaluation: Evaluation
 
@@ -292,7 +294,7 @@ def _plain(value: Any, path: str) -> Any:
 
 def _allowed(place: tuple[int | str, ...]) -> list[str]:
     """The keys beside an unknown one."""
-    models: dict[str, type[BaseModel]] = {"outer": Outer, "workers": Workers, "evaluation": Evaluation}
+    models: dict[str, type[BaseModel]] = {"outer": OuterSettings, "workers": Workers, "evaluation": Evaluation}
     return list((models[str(place[0])] if len(place) > 1 else _Input).model_fields)
 
 

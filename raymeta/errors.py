@@ -6,7 +6,9 @@ A message says what was got, what was expected and where to change it, in one se
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -42,3 +44,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Allowed: {', '.join(names)}."
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it, cut where it is long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

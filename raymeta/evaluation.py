@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from raymeta.algorithms import Learner, Statistics
-from raymeta.errors import NonFiniteError, listed
+from raymeta.errors import InputError, NonFiniteError, listed
 from raymeta.metrics import interval
 from raymeta.params import Params
 from raymeta.workers.pool import WorkerPool
@@ -42,6 +42,14 @@ class EvaluationSettings:
     inner_steps: int | None = None
     statistics: Statistics = "batch"
     changes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what a configuration would not have."""
+        if self.statistics not in get_args(Statistics):
+            raise InputError(f"statistics={self.statistics!r}; expected one of {', '.join(get_args(Statistics))}")
+        for name in ("every_steps", "tasks", "test_tasks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}; expected a number of at least 1")
 
     def of_validation(self) -> dict[str, Any]:
         """What two validations must have in common to be compared, as JSON."""

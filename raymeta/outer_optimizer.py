@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from raymeta.errors import InputError
 from raymeta.muon import Muon
 from raymeta.params import MODEL, ParameterLayout
+from raymeta.section import Section, without_meaning
+
+# Schedules whose every rate depends on `outer.steps`.
+SCHEDULES_TO_THE_END = ("cosine", "linear")
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
-class OuterSettings:
+class OuterSettings(Section):
     """The `outer` section of the configuration.
 
     Attributes:
@@ -35,20 +40,43 @@ class OuterSettings:
     """
 
     optimizer: Literal["adam", "adamw", "sgd", "muon"] = "adam"
-    rate: float = 1e-3
-    learned_rate: float | None = None
-    steps: int = 60_000
-    tasks_per_step: int = 32
+    rate: float = Field(default=1e-3, gt=0)
+    learned_rate: float | None = Field(default=None, gt=0)
+    steps: int = Field(default=60000, ge=0)
+    tasks_per_step: int = Field(default=32, ge=1)
     schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
-    final_rate: float = 0.0
-    step_every: int | None = None
-    step_factor: float | None = None
-    warmup_steps: int = 0
-    max_gradient_norm: float | None = None
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    final_rate: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    step_every: int | None = Field(default=None, ge=1)
+    step_factor: float | None = Field(default=None, gt=0)
+    max_gradient_norm: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    epsilon: float = Field(default=1e-8, gt=0)
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        if self.optimizer == "sgd":
+            for name in ("betas", "epsilon"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    owners = "belongs to adam, adamw and muon"
+                    raise ValueError(without_meaning("outer", self, name, "optimizer", owners))
+        elif self.momentum:
+            raise ValueError(without_meaning("outer", self, "momentum", "optimizer", "belongs to sgd; see outer.betas"))
+        for name in ("step_every", "step_factor"):
+            given = getattr(self, name) is not None
+            if given and self.schedule != "step":
+                raise ValueError(without_meaning("outer", self, name, "schedule", "belongs to outer.schedule=step"))
+            if not given and self.schedule == "step":
+                raise ValueError(f"outer.{name}: missing; outer.schedule='step' needs step_every and step_factor.")
+        if self.final_rate and self.schedule not in SCHEDULES_TO_THE_END:
+            raise ValueError(without_meaning("outer", self, "final_rate", "schedule", "belongs to cosine and linear"))
+        if self.final_rate > self.rate:
+            raise ValueError(f"outer.final_rate={self.final_rate}; expected at most outer.rate={self.rate}.")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"outer.warmup_steps={self.warmup_steps}; expected at most outer.steps={self.steps}.")
+        return self
 
     def factor(self, step: int) -> float:
         """What both rates are multiplied by in outer step `step`, counted from 0."""

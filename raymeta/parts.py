@@ -20,7 +20,7 @@ from typing import Any
 import pydantic
 from pydantic_core import ErrorDetails, PydanticSerializationError, to_jsonable_python
 
-from raymeta.errors import InputError, nearest
+from raymeta.errors import InputError, nearest, shown
 
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -210,12 +210,6 @@ def dotted(path: str, place: Iterable[int | str]) -> str:
     for part in place:
         path = f"{path}[{part}]" if isinstance(part, int) else f"{path}.{part}" if path else str(part)
     return path
-
-
-def shown(value: Any) -> str:
-    """A value as one would write it, cut where it is long."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _checked(path: str, value: Any, argument: Argument) -> Any:

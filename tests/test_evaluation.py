@@ -12,8 +12,8 @@ import torch
 
 from raymeta.algorithms import MAML, Learner
 from raymeta.episodes import Episodes
-from raymeta.errors import NonFiniteError
-from raymeta.evaluation import Evaluation, evaluate, evaluate_tasks
+from raymeta.errors import InputError, NonFiniteError
+from raymeta.evaluation import Evaluation, EvaluationSettings, evaluate, evaluate_tasks
 from raymeta.models import MLP, Conv4
 from raymeta.params import ParameterLayout
 from raymeta.tasks import Omniglot, Sinusoid
@@ -138,6 +138,12 @@ def test_rows_that_do_not_count_may_hold_anything() -> None:
     expected = (outputs - batch.query_y)[:, :-3].square().mean((1, 2)).tolist()
     found = evaluated(parts_of(Sinusoid(), Padded(), inner_rate=0.05), "test", 4)["batch"]
     assert found.values == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"statistics": "suport"}, {"tasks": 0}, {"test_tasks": 0}, {"every_steps": 0}])
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(settings))):
+        EvaluationSettings(**settings)
 
 
 def test_numbers_that_are_not_finite_are_named() -> None:

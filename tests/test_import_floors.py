@@ -13,12 +13,12 @@ PACKAGE = Path(raymeta.__file__).parent
 
 # From the ground up. A name is a file of the package, or a folder of it. A name that is not there yet is no error.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "params", "seeding", "episodes", "metrics", "meta_gradient"}),
+    frozenset({"errors", "section", "params", "seeding", "episodes", "metrics", "meta_gradient"}),
     frozenset({"data", "models", "ops"}),
     frozenset({"tasks", "algorithms"}),
     frozenset({"workers"}),
     frozenset({"storage", "yaml_text", "checkpoint", "event_file", "run_directory"})
-    | frozenset({"evaluation", "outer_optimizer", "precision", "trainer", "fits"}),
+    | frozenset({"evaluation", "outer_optimizer", "muon", "precision", "trainer", "fits"}),
     frozenset({"parts", "sections", "config", "chunks"}),
     frozenset({"build"}),
     # The faces; the command line calls the others.

@@ -228,6 +228,15 @@ def test_a_state_of_other_parameters_is_refused() -> None:
         OuterOptimizer(layout.flatten(named()), layout, OuterSettings()).load_state(foreign.state())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"schedule": "cosinus"}, {"optimizer": "SGD"}, {"rates": 1.0}, {"momentum": 0.9}, {"steps": 3, "warmup_steps": 4}],
+)
+def test_settings_are_those_of_a_configuration(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(reversed(settings))):
+        OuterSettings(**settings)
+
+
 def test_clipping_by_the_global_norm() -> None:
     gradient = torch.tensor([3.0, 0.0, 4.0])
     assert clip_by_global_norm(gradient, None) == 5.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from raymeta import build
 from raymeta.config import Config, load_config
-from raymeta.outer_optimizer import OuterOptimizer, OuterSettings
+from raymeta.outer_optimizer import OuterOptimizer
 from raymeta.params import ParameterLayout, Params
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.ray_pool import RayPool
@@ -50,7 +50,7 @@ def _totals(overrides: list[str], workers: int, steps: int) -> tuple[list[float]
     config, params, make = _problem(overrides)
     layout, count = ParameterLayout.of(params), config.outer.tasks_per_step
     flat = layout.flatten(params)
-    optimizer = OuterOptimizer(flat.clone(), layout, OuterSettings(**config.outer.model_dump()))
+    optimizer = OuterOptimizer(flat.clone(), layout, config.outer)
     totals, beside = [], []
     with RayPool(make, WorkerSettings(device="cpu"), config.chunk_tasks, workers) as pool:
         for step in range(WARM_UP + steps):

@@ -20,7 +20,6 @@ from raymeta.config import Config, load_config
 from raymeta.errors import InputError
 from raymeta.evaluation import EvaluationSettings
 from raymeta.ops.native import library
-from raymeta.outer_optimizer import OuterSettings
 from raymeta.params import MODEL, ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
 from raymeta.tasks import TASK_SOURCES
@@ -163,7 +162,7 @@ def make_trainer(
         pool,
         first_params(config, parts) if params is None else params,
         learner.metric,
-        OuterSettings(**config.outer.model_dump()),
+        config.outer,
         evaluation_settings(config),
         run,
         config.workers.threads,

@@ -18,11 +18,11 @@ from pydantic_core import to_jsonable_python
 from raymeta import build, yaml_text
 from raymeta.algorithms import Learner
 from raymeta.config import DEFAULT_RECIPE, Config, load_config
-from raymeta.errors import InputError, nearest
+from raymeta.errors import InputError, nearest, shown
 from raymeta.metrics import HIGHER_IS_BETTER
 from raymeta.params import ParameterLayout
-from raymeta.parts import dotted, sentences, shown
-from raymeta.sections import Section
+from raymeta.parts import dotted, sentences
+from raymeta.section import Section
 from raymeta.tune.sections import SCHEDULERS, SEARCHERS, Asha, Grid, Optuna, PopulationBased, Random, Stop, Tune
 from raymeta.tune.space import Distribution, Values, corners, distribution
 

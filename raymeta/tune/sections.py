@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raymeta.sections import Section
+from raymeta.section import Section
 
 
 class NoScheduler(Section):
