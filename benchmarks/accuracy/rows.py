@@ -46,9 +46,9 @@ GENERATIVE = ("omniglot-5w1s-gan-augmentation", "omniglot-5w1s-vae-augmentation"
 WITHOUT_GENERATED = "algorithm.generated=0"
 # Further rows: a recipe with other settings. "longer" is up to 15 minutes, for what 5 do not bring to its figure.
 VARIANTS = {
-    "omniglot-5w1s-maml-longer": ("omniglot-5w1s-maml", ["outer.steps=9000", "evaluation.every_steps=2250"]),
+    "omniglot-5w1s-maml-adam": ("omniglot-5w1s-maml", ["outer.optimizer=adam"]),
     "omniglot-5w1s-r2d2-longer": ("omniglot-5w1s-r2d2", ["outer.steps=3500", "evaluation.every_steps=875"]),
-    "omniglot-5w1s-anil-longer": ("omniglot-5w1s-anil", ["outer.steps=12000", "evaluation.every_steps=3000"]),
+    "omniglot-5w1s-anil-longer": ("omniglot-5w1s-anil", ["outer.steps=9000", "evaluation.every_steps=2250"]),
     "omniglot-5w1s-first-order-maml-longer": (
         "omniglot-5w1s-first-order-maml",
         ["outer.steps=8000", "evaluation.every_steps=2000"],
@@ -58,7 +58,10 @@ VARIANTS = {
         ["outer.steps=6000", "evaluation.every_steps=1500"],
     ),
     "omniglot-5w1s-meta-sgd-longer": ("omniglot-5w1s-meta-sgd", ["outer.steps=9000", "evaluation.every_steps=2250"]),
-    "omniglot-5w1s-maml-bfloat16": ("omniglot-5w1s-maml", ["algorithm.precision=bfloat16"]),
+    "omniglot-5w1s-maml-adam-bfloat16": (
+        "omniglot-5w1s-maml",
+        ["outer.optimizer=adam", "algorithm.precision=bfloat16"],
+    ),
 }
 
 
