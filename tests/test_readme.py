@@ -35,8 +35,19 @@ def test_there_are_commands_and_code() -> None:
     assert sum(language == "python" for language, _ in BLOCKS) >= 3
 
 
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the README's files of Python, those that begin with their name; it can be imported from."""
+    for language, text in BLOCKS:
+        name = re.match(r"# (\w+\.py)\n", text)
+        if language == "python" and name:
+            (tmp_path / name[1]).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("line", command_lines())
-def test_commands_parse(line: str) -> None:
+def test_commands_parse(line: str, own_modules: Path) -> None:
     words = shlex.split(line)[1:]
     group: click.Command = commands
     while isinstance(group, click.Group):
@@ -60,6 +71,17 @@ def test_the_first_two_python_blocks_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "+-" in done.stdout
+
+
+def test_a_task_source_of_ones_own_trains(own_modules: Path) -> None:
+    (line,) = [line for line in command_lines() if "waves" in line]
+    few = "outer.steps=4 outer.tasks_per_step=4 evaluation.tasks=4 evaluation.test_tasks=4 workers.backend=local"
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(line), *few.split()],
+        cwd=own_modules, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "mean squared error" in done.stdout
 
 
 def test_what_the_readme_names_is_there() -> None:
