@@ -24,12 +24,13 @@ class Muon(torch.optim.Optimizer):
     decay: J. Liu and others, arXiv 2502.16982, equation 4.
 
     `torch.optim.Muon` computes the same in bfloat16, which a CPU without instructions for it does in 18 ms for a
-    weight of 64 x 576 (float32: 0.6), and refuses convolutions.
+    weight of 64 x 576 (here, in float32: 0.4), and refuses convolutions.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float, weight_decay: float = 0.0) -> None:
-        """Args:
-        groups: of "params", each with two or more dimensions, of which all but the first count as columns, and "lr".
+        """
+        Args:
+            groups: of "params", each of two or more dimensions, of which all but the first count as columns, and "lr".
         """
         super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
 
@@ -40,7 +41,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             rate, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
             for weight in group["params"]:
-                average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                if "momentum" not in self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                average = self.state[weight]["momentum"]
                 average.lerp_(weight.grad, 1 - momentum)
                 direction = orthogonalised(weight.grad.lerp(average, momentum).flatten(1))
                 weight.mul_(1 - rate * decay)
@@ -50,13 +53,21 @@ class Muon(torch.optim.Optimizer):
 def orthogonalised(matrix: Tensor) -> Tensor:
     """U V^T of a matrix [m, n] = U S V^T, up to singular values from 0.7 to 1.1, by Newton and Schulz's iteration.
 
-    Takes about 20 min(m, n)^2 max(m, n) multiply-adds. A matrix of zeros stays one.
+    Takes about 2 k^2 max(m, n) + 20 k^3 multiply-adds, k = min(m, n). A matrix of zeros stays one.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     # No singular value is above the Frobenius norm.
-    found = wide / torch.linalg.vector_norm(wide).clamp_min(torch.finfo(wide.dtype).tiny)
+    wide = wide / torch.linalg.vector_norm(wide).clamp_min(torch.finfo(wide.dtype).tiny)
     first, third, fifth = _COEFFICIENTS
+    # X <- (first + third G + fifth G^2) X with G = X X^T: what is multiplied to X in the end is a polynomial of the first
+    # G, so the small matrices alone are iterated (half of the time, errors of 5e-4 in float32 instead of 1e-5).
+    gram = wide @ wide.T
+    product = None
     for _ in range(_TIMES):
-        gram = found @ found.T
-        found = torch.addmm(found, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), found, beta=first)
-    return found if wide is matrix else found.T
+        factor = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
+        factor.diagonal().add_(first)
+        product = factor if product is None else factor @ product
+        gram = factor @ (gram @ factor)
+    assert product is not None
+    found = product @ wide
+    return found if matrix.shape[0] <= matrix.shape[1] else found.T

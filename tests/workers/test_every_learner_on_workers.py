@@ -53,11 +53,12 @@ def test_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for worker in workers:
         worker.setup(make, settings)
     with LocalPool(make, settings, chunk_tasks=1) as pool:
-        for step in range(2):
+        for step in range(2 if name in RECORDED else 1):
             alone = pool.meta_gradient(flat, step, range(step * TASKS, (step + 1) * TASKS))
             assert torch.isfinite(alone.gradient).all()
             assert alone.gradient.abs().max() > 0
-            for count in (1, 2, 3):
+            # One worker by itself does what the pool does, in one process.
+            for count in (1, 2, 3) if name in RECORDED else (2, 3):
                 together = _together(workers[:count], flat, step)
                 assert torch.equal(together.gradient, alone.gradient), f"{count} workers, step {step}"
                 assert together.metrics == alone.metrics
