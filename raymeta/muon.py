@@ -59,8 +59,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     # No singular value is above the Frobenius norm.
     wide = wide / torch.linalg.vector_norm(wide).clamp_min(torch.finfo(wide.dtype).tiny)
     first, third, fifth = _COEFFICIENTS
-    # X <- (first + third G + fifth G^2) X with G = X X^T: what is multiplied to X in the end is a polynomial of the first
-    # G, so the small matrices alone are iterated (half of the time, errors of 5e-4 in float32 instead of 1e-5).
+    # X <- (first + third G + fifth G^2) X with G = X X^T: what is multiplied to X in the end is a polynomial of the
+    # first G, so the small matrices alone are iterated (half of the time, errors of 5e-4 in float32 instead of 1e-5).
     gram = wide @ wide.T
     product = None
     for _ in range(_TIMES):
