@@ -56,8 +56,9 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     Takes about 2 k^2 max(m, n) + 20 k^3 multiply-adds, k = min(m, n). A matrix of zeros stays one.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # No singular value is above the Frobenius norm.
-    wide = wide / torch.linalg.vector_norm(wide).clamp_min(torch.finfo(wide.dtype).tiny)
+    # No singular value is above the Frobenius norm; in float64, where the square of a small number is not zero.
+    norm = torch.linalg.vector_norm(wide, dtype=torch.float64).clamp_min(torch.finfo(wide.dtype).tiny)
+    wide = wide / norm.to(wide.dtype)
     first, third, fifth = _COEFFICIENTS
     # X <- (first + third G + fifth G^2) X with G = X X^T: what is multiplied to X in the end is a polynomial of the
     # first G, so the small matrices alone are iterated (half of the time, errors of 5e-4 in float32 instead of 1e-5).

@@ -170,6 +170,9 @@ def test_orthogonalised_keeps_the_singular_vectors(shape: tuple[int, int]) -> No
     assert 0.68 < float(sent.min()) <= float(sent.max()) < 1.14
     for scale in (1.0, 1e-12, 1e12):
         torch.testing.assert_close(orthogonalised(scale * matrix), left @ sent.diag() @ right, rtol=1e-9, atol=1e-9)
+    for scale in (1e-30, 1.0, 1e30):  # whose squares float32 does not hold
+        found = orthogonalised((scale * matrix).float()).double()
+        torch.testing.assert_close(found, left @ sent.diag() @ right, rtol=0, atol=5e-3)
 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:
