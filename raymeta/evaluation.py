@@ -19,8 +19,8 @@ from raymeta.params import Params
 from raymeta.workers.pool import WorkerPool
 from raymeta.workers.worker import WorkerParts
 
-# What one task gave: for each kind of statistics the loss and the metric.
-TaskResult = dict[str, tuple[float, float]]
+# What one task gave: for each kind of statistics the loss and the metric; its `name`, where the source has names.
+TaskResult = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Evaluation:
         mean, ci95: of the metric; ci95 is the half-width of the 95 % interval.
         loss: the mean loss.
         values, losses: the metric and the loss of each task, in index order.
+        drawn_from: how many different tasks these are of, where the source has a finite number of them
+            (`task_names`); None: each is another.
     """
 
     split: str
@@ -84,6 +86,7 @@ class Evaluation:
     loss: float
     values: tuple[float, ...]
     losses: tuple[float, ...]
+    drawn_from: int | None = None
 
     def summary(self) -> dict[str, Any]:
         """Without the values of the single tasks, for records and reports."""
@@ -96,6 +99,7 @@ class Evaluation:
             "loss": self.loss,
             "statistics": self.statistics,
             "inner_steps": self.inner_steps,
+            **({} if self.drawn_from is None else {"drawn_from": self.drawn_from}),
         }
 
     def require_finite(self, step: int) -> None:
@@ -131,7 +135,8 @@ def evaluate_tasks(
     adapted = learner.adapt(
         parts.model, params, batch.support_x, batch.support_y, batch.support_mask, batch.tasks, inner_steps
     )
-    results: list[TaskResult] = [{} for _ in indices]
+    names = getattr(parts.evaluation_source, "task_names", None)
+    results: list[TaskResult] = [{"name": name} for name in names(split, indices)] if names else [{} for _ in indices]
     for kind in statistics:
         outputs = learner.predict(parts.model, adapted, batch.query_x, batch.query_mask, kind)
         losses = learner.losses(outputs, batch.query_y, batch.query_mask).tolist()
@@ -157,9 +162,13 @@ def evaluate(
     """
     function = partial(evaluate_tasks, inner_steps=inner_steps, statistics=tuple(statistics))
     results: list[TaskResult] = pool.map(function, params, split, range(tasks))
+    names = [result["name"] for result in results] if "name" in results[0] else None
     evaluations: dict[str, Evaluation] = {}
     for kind in statistics:
         losses, values = zip(*(result[kind] for result in results), strict=True)
-        whole, loss = interval(values), interval(losses).mean
-        evaluations[kind] = Evaluation(split, metric, kind, inner_steps, whole.mean, whole.ci95, loss, values, losses)
+        whole, loss = interval(values, names), interval(losses).mean
+        evaluations[kind] = Evaluation(
+            split, metric, kind, inner_steps, whole.mean, whole.ci95, loss, values, losses,
+            None if names is None else len(set(names)),
+        )  # fmt: skip
     return evaluations

@@ -6,7 +6,7 @@ A loss or metric is a function of rows; for each of T tasks it is the mean over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,11 +119,16 @@ class Interval:
     count: int
 
 
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> Interval:
     """Mean and 1.96 * s / sqrt(n), s the sample standard deviation over tasks (n - 1).
 
     Sums run in float64 in the order given (math.fsum: exact), so the same values give the same bits. One value alone
     has no interval: ci95 is nan.
+
+    Args:
+        groups: for each value, which of a finite number of tasks it is of. Values of one task are not independent: the
+            variance of the mean is then that of the groups' sums (cluster-robust; K.-Y. Liang and S. Zeger, 1986), and
+            a single group has no interval.
     """
     count = len(values)
     if not count:
@@ -131,8 +136,17 @@ def interval(values: Sequence[float]) -> Interval:
     mean = math.fsum(values) / count
     if count == 1:
         return Interval(mean, math.nan, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return Interval(mean, 1.96 * math.sqrt(variance / count), count)
+    if groups is None:
+        variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+        return Interval(mean, 1.96 * math.sqrt(variance / count), count)
+    differences: dict[Hashable, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        differences.setdefault(group, []).append(value - mean)
+    number = len(differences)
+    if number == 1:
+        return Interval(mean, math.nan, count)
+    squares = math.fsum(math.fsum(of_group) ** 2 for of_group in differences.values())
+    return Interval(mean, 1.96 * math.sqrt(squares * number / (number - 1)) / count, count)
 
 
 def shown_metric(metric: str, mean: float, ci95: float | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from raymeta.algorithms import MAML, Learner
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError, NonFiniteError
 from raymeta.evaluation import Evaluation, EvaluationSettings, evaluate, evaluate_tasks
+from raymeta.metrics import interval
 from raymeta.models import MLP, Conv4
 from raymeta.params import ParameterLayout
-from raymeta.tasks import Omniglot, Sinusoid
+from raymeta.tasks import Omniglot, RegressionTable, Sinusoid
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.worker import WorkerParts
 
@@ -115,6 +117,17 @@ def test_a_summary_names_split_count_metric_statistics_and_inner_steps() -> None
     assert list(found) == ["split", "episodes", "metric", "mean", "ci95", "loss", "statistics", "inner_steps"]
     assert (found["split"], found["episodes"], found["metric"]) == ("train", 3, "accuracy")
     assert (found["statistics"], found["inner_steps"]) == ("support", 2)
+
+
+def test_tasks_drawn_from_few_say_so(tmp_path: Path) -> None:
+    rows = [(task, float(row), float(task * row)) for task in range(12) for row in range(8)]
+    path = tmp_path / "rows.csv"
+    path.write_text("task,x,target\n" + "".join(f"{task},{x},{y}\n" for task, x, y in rows))
+    source = RegressionTable(str(path), fractions=(0.5, 0.25, 0.25), shots=3, queries=4)
+    found = evaluated(parts_of(source), "test", 40)["batch"]
+    assert found.drawn_from == found.summary()["drawn_from"] == 3
+    names = source.task_names("test", range(40))
+    assert found.ci95 == interval(found.values, names).ci95 > interval(found.values).ci95
 
 
 def test_rows_that_do_not_count_may_hold_anything() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,27 @@ def test_the_interval_by_hand() -> None:
     assert math.isnan(single.ci95)
     with pytest.raises(ValueError, match="no values"):
         interval([])
+
+
+def test_values_of_one_task_are_not_independent() -> None:
+    values = [1.0, 2.0, 3.0, 6.0]
+    # Sums of differences from the mean 3 by group: -3 and 3; 2 / (2 - 1) * (9 + 9) / 4^2 = 2.25.
+    found = interval(values, ["a", "a", "b", "b"])
+    assert (found.mean, found.ci95, found.count) == (3.0, pytest.approx(1.96 * 1.5), 4)
+    assert interval(values, range(4)).ci95 == pytest.approx(interval(values).ci95)
+    assert math.isnan(interval(values, [0] * 4).ci95)
+
+
+def test_the_interval_of_few_tasks_drawn_often_holds_the_mean_of_all() -> None:
+    draws = np.random.default_rng(0)
+    held = {"grouped": 0, "as if independent": 0}
+    for _ in range(300):
+        tasks, drawn = draws.normal(size=20), draws.integers(0, 20, 500)
+        for name, groups in (("grouped", drawn.tolist()), ("as if independent", None)):
+            found = interval(tasks[drawn].tolist(), groups)
+            held[name] += abs(found.mean) <= found.ci95
+    assert 0.88 < held["grouped"] / 300 < 0.98
+    assert held["as if independent"] / 300 < 0.4
 
 
 def test_the_interval_is_exact_and_says_what_is_not_finite() -> None:

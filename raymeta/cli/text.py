@@ -19,9 +19,14 @@ def print_summaries(found: dict[str, Any], first: str) -> None:
     for kind in kinds[:1] if alike else kinds:
         one = found[kind]
         print(
-            f"  {shown_metric(one['metric'], one['mean'], one['ci95'])}  on {one['episodes']:,} {one['split']} tasks, "
-            f"{_adaptation(one)}" + ("" if alike else f", {STATISTICS[kind]}")
+            f"  {shown_metric(one['metric'], one['mean'], one['ci95'])}  on {one['episodes']:,} {one['split']} tasks"
+            f"{_drawn_from(one)}, {_adaptation(one)}" + ("" if alike else f", {STATISTICS[kind]}")
         )
+
+
+def _drawn_from(found: dict[str, Any]) -> str:
+    """Of a source that has so many tasks, and draws their rows anew."""
+    return f" drawn from {found['drawn_from']:,}" if "drawn_from" in found else ""
 
 
 def _adaptation(found: dict[str, Any]) -> str:

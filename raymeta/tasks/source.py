@@ -21,6 +21,9 @@ class TaskSource(Protocol):
         input_shape: the shape of one row of x.
         classes: how many classes the training split has (rotations counted where these make classes), for joint
             training; None where there are none.
+
+    A source with a finite number of tasks, whose rows it draws anew, may have `task_names(split, indices)`, a name for
+    each task number: then intervals take into account which tasks are the same.
     """
 
     @property
