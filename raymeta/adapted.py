@@ -29,6 +29,7 @@ from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.build import trained
 from raymeta.config import load_config, to_predict
 from raymeta.errors import InputError
+from raymeta.metrics import of_classes
 from raymeta.params import Params
 from raymeta.run_directory import RunDirectory
 
@@ -88,7 +89,7 @@ class TrainedLearner:
     @property
     def regression(self) -> bool:
         """Whether targets are numbers, not classes."""
-        return self.learner.loss == "mean_squared_error"
+        return not of_classes(self.learner.loss)
 
     def adapt(self, support_x: Rows, support_y: Rows, inner_steps: int | None = None) -> FittedModel:
         """Adapts to one task.

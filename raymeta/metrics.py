@@ -1,19 +1,24 @@
 """Losses, metrics and the interval of a mean.
 
-A loss or metric is a function of rows; for each of T tasks it is the mean over the task's rows that count.
+A loss or metric is a function of rows: from outputs [R, ...] and targets [R] or [R, D] to [R]. For each of T tasks it
+is the mean over the task's rows that count. Beside those that have a name here there are the user's own, named as
+`package.module:function`. Of these a metric says which way is better, `function.higher_is_better = True` (or False),
+and a loss whose targets are classes says so, `function.of_classes = True`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raymeta.errors import InputError
+from raymeta.errors import InputError, nearest
+from raymeta.own_code import own_object
 
 RowFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,13 +28,30 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    outputs, targets = _alike(outputs, targets)
+    return (outputs - targets).square().mean(1)
+
+
+def _absolute_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    outputs, targets = _alike(outputs, targets)
+    return (outputs - targets).abs().mean(1)
+
+
+def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Half the square of differences up to 1, beyond that the difference less a half (P. Huber, 1964)."""
+    outputs, targets = _alike(outputs, targets)
+    return F.huber_loss(outputs, targets, reduction="none").mean(1)
+
+
+def _alike(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as [R, D]. Raises InputError where they are not."""
     outputs, targets = outputs.flatten(1) if outputs.dim() > 1 else outputs[:, None], targets.reshape(len(targets), -1)
     if outputs.shape != targets.shape:  # else they would broadcast, and the mean be of something else
         raise InputError(
             f"the model puts out {outputs.shape[1]} numbers for each row, but a target has {targets.shape[1]}; "
             "expected as many (model.outputs, or the target columns of tasks)"
         )
-    return (outputs - targets).square().mean(1)
+    return outputs, targets
 
 
 def _gaussian(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -69,10 +91,11 @@ def _binary_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return ((_logits(outputs) > 0) == (targets.reshape(-1) > 0.5)).to(outputs.dtype)
 
 
-# From outputs [R, ...] and targets [R] or [R, D] to rows [R].
 LOSSES: dict[str, RowFunction] = {
     "cross_entropy": _cross_entropy,
     "mean_squared_error": _squared_error,
+    "mean_absolute_error": _absolute_error,
+    "huber": _huber,
     "logistic": _logistic,
     "gaussian": _gaussian,
 }
@@ -80,8 +103,44 @@ METRICS: dict[str, RowFunction] = {
     "accuracy": _accuracy,
     "binary_accuracy": _binary_accuracy,
     "mean_squared_error": _squared_error,
+    "mean_absolute_error": _absolute_error,
+    "gaussian": _gaussian,
 }
-HIGHER_IS_BETTER = {"accuracy": True, "binary_accuracy": True, "mean_squared_error": False}
+_RISING = ("accuracy", "binary_accuracy")
+_OF_CLASSES = ("cross_entropy", "logistic")
+
+
+def require_known(loss: str, metric: str, section: str) -> None:
+    """Raises InputError for a loss or metric that there is not, or whose function lacks what it must say."""
+    for setting, name, known in (("loss", loss, LOSSES), ("metric", metric, METRICS)):
+        if name in known:
+            continue
+        if ":" not in name:
+            raise InputError(
+                f"{section}.{setting}={name!r}: unknown; {nearest(name, known)} Or package.module:function of your own."
+            )
+        function = own_object(f"{section}.{setting}", name)
+        if not callable(function):
+            raise InputError(f"{section}.{setting}={name!r} is a {type(function).__name__}; expected a function.")
+        if known is METRICS and not isinstance(getattr(function, "higher_is_better", None), bool):
+            raise InputError(
+                f"{section}.metric={name!r} does not say which way is better; set {function.__name__}.higher_is_better "
+                "= True or False beside the function."
+            )
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value of the metric is a better one."""
+    return metric in _RISING if metric in METRICS else bool(_function("metric", metric, METRICS).higher_is_better)
+
+
+def of_classes(loss: str) -> bool:
+    """Whether the targets of a loss are classes, and not numbers."""
+    return loss in _OF_CLASSES if loss in LOSSES else getattr(_function("loss", loss, LOSSES), "of_classes", False)
+
+
+def _function(setting: str, name: str, known: Mapping[str, RowFunction]) -> Any:
+    return known[name] if name in known else own_object(setting, name)
 
 
 def task_losses(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -90,16 +149,23 @@ def task_losses(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | None
     Args:
         mask: [T, Q] bool, the rows that count; None: all.
     """
-    return _means(LOSSES[name], outputs, targets, mask)
+    return _means(_function("loss", name, LOSSES), outputs, targets, mask)
 
 
 def task_metrics(name: str, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """[T] the metric `name` of each task; arguments as in `task_losses`."""
-    return _means(METRICS[name], outputs, targets, mask)
+    return _means(_function("metric", name, METRICS), outputs, targets, mask)
 
 
 def _means(function: RowFunction, outputs: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
-    return masked_means(function(outputs.flatten(0, 1), targets.flatten(0, 1)).unflatten(0, outputs.shape[:2]), mask)
+    rows = function(outputs.flatten(0, 1), targets.flatten(0, 1))
+    count = outputs.shape[0] * outputs.shape[1]
+    if rows.shape != (count,):  # a function of one's own that has taken the mean already
+        raise InputError(
+            f"the loss or metric {getattr(function, '__name__', function)} gives shape {tuple(rows.shape)} for {count} "
+            f"rows; expected ({count},), a number for each"
+        )
+    return masked_means(rows.unflatten(0, outputs.shape[:2]), mask)
 
 
 def masked_means(rows: Tensor, mask: Tensor | None) -> Tensor:

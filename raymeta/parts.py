@@ -7,11 +7,8 @@ which types, and with which defaults; nothing is made here.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
-import os
-import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ import pydantic
 from pydantic_core import ErrorDetails, PydanticSerializationError, to_jsonable_python
 
 from raymeta.errors import InputError, nearest, shown
+from raymeta.own_code import own_object
 
 REQUIRED: Any = inspect.Parameter.empty
 
@@ -47,27 +45,7 @@ def find_part(section: str, name: str, table: Mapping[str, Callable[..., Any]]) 
         raise InputError(
             f"{section}.name={name!r}: unknown; {nearest(name, table)} Or package.module:Name of your own."
         )
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute.isidentifier():
-        raise InputError(f"{section}.name={name!r}; expected package.module:Name.")
-    here = os.getcwd()
-    if here not in sys.path:
-        # A console script has its own folder on the path, not the one that the user works in.
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        # The user's module may raise anything while it is imported.
-        raise InputError(
-            f"{section}.name={name!r}: importing {module_name} failed with {type(error).__name__}: {error}. It is "
-            f"looked for in the installed packages, PYTHONPATH and {here}."
-        ) from error
-    part = getattr(module, attribute, None)
-    if part is None:
-        # Not what the module itself imported.
-        there = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
-        hint = nearest(attribute, there) if there else "it defines no class."
-        raise InputError(f"{section}.name={name!r}: {module_name} has no {attribute}; {hint}")
+    part = own_object(f"{section}.name", name)
     if not callable(part) or inspect.isabstract(part):
         kind = "an abstract class" if inspect.isclass(part) else f"a {type(part).__name__}"
         raise InputError(f"{section}.name={name!r} is {kind}; expected a class that can be made, or a function.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymeta.errors import InputError
-from raymeta.metrics import HIGHER_IS_BETTER, shown_metric
+from raymeta.metrics import higher_is_better, shown_metric
 from raymeta.run_directory import RunDirectory
 
 WIDTH, HEIGHT, MARGIN = 760, 240, 52
@@ -118,7 +118,7 @@ def _best(run: RunSummary) -> str:
     found = run.of("validation")
     if not found or run.metric is None:
         return "not yet"
-    pick = max if HIGHER_IS_BETTER[run.metric] else min
+    pick = max if higher_is_better(run.metric) else min
     best = pick(found, key=lambda record: record["mean"])
     return f"{_shown(best)} <small>(step {best['step']:,})</small>"
 

@@ -14,7 +14,7 @@ from raymeta.checkpoint import Checkpoint
 from raymeta.errors import InputError, NonFiniteError, listed
 from raymeta.evaluation import Evaluation, EvaluationSettings, evaluate
 from raymeta.meta_gradient import MetaGradient
-from raymeta.metrics import HIGHER_IS_BETTER
+from raymeta.metrics import higher_is_better
 from raymeta.outer_optimizer import OuterOptimizer, OuterSettings, clip_by_global_norm
 from raymeta.params import ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
@@ -201,7 +201,7 @@ class MetaTrainer:
     def _take_validation(self, found: Evaluation, emit: Callable[[str, Record], None]) -> None:
         record = {"step": self.step_number, "kind": "validation", **found.summary()}
         better = self.best is None or (
-            found.mean > self.best["mean"] if HIGHER_IS_BETTER[self.metric] else found.mean < self.best["mean"]
+            found.mean > self.best["mean"] if higher_is_better(self.metric) else found.mean < self.best["mean"]
         )
         if better:
             self.best = record

@@ -13,7 +13,7 @@ PACKAGE = Path(raymeta.__file__).parent
 
 # From the ground up. A name is a file of the package, or a folder of it. A name that is not there yet is no error.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "section", "params", "seeding", "episodes", "metrics", "meta_gradient"}),
+    frozenset({"errors", "section", "params", "seeding", "episodes", "metrics", "meta_gradient", "own_code"}),
     frozenset({"data", "models", "ops"}),
     frozenset({"tasks", "algorithms"}),
     frozenset({"workers"}),

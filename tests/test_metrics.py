@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymeta.algorithms import MAML
 from raymeta.errors import InputError
-from raymeta.metrics import HIGHER_IS_BETTER, LOSSES, METRICS, interval, task_losses, task_metrics
+from raymeta.metrics import (
+    LOSSES,
+    METRICS,
+    higher_is_better,
+    interval,
+    of_classes,
+    require_known,
+    task_losses,
+    task_metrics,
+)
 
 T, Q = 3, 5
 
@@ -28,6 +39,8 @@ def rows() -> dict[str, tuple[Tensor, Tensor]]:
         "cross_entropy": (scores, labels),
         "mean_squared_error": (scores[..., :2], targets),
         "logistic": (scores[..., :1], labels % 2),
+        "mean_absolute_error": (scores[..., :2], targets),
+        "huber": (2 * scores[..., :2], targets),
         "gaussian": (scores, targets),
     }
 
@@ -36,6 +49,8 @@ def test_losses_are_torchs(rows: dict[str, tuple[Tensor, Tensor]]) -> None:
     theirs = {
         "cross_entropy": F.cross_entropy,
         "mean_squared_error": F.mse_loss,
+        "mean_absolute_error": F.l1_loss,
+        "huber": F.huber_loss,
         "gaussian": lambda o, t: F.gaussian_nll_loss(o[:, :2], t, (2 * o[:, 2:]).exp(), full=True, eps=0),
         "logistic": lambda o, t: F.binary_cross_entropy_with_logits(o[:, 0], t.double()),
     }
@@ -52,7 +67,54 @@ def test_metrics_by_hand() -> None:
     assert task_metrics("binary_accuracy", logits, torch.tensor([[1, 0, 0, 0]])).tolist() == [0.75]
     values, targets = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[0.0], [4.0]]])
     assert task_metrics("mean_squared_error", values, targets).tolist() == [2.5]
-    assert set(HIGHER_IS_BETTER) == set(METRICS)
+    assert task_metrics("mean_absolute_error", values, targets).tolist() == [1.5]
+    assert [name for name in METRICS if higher_is_better(name)] == ["accuracy", "binary_accuracy"]
+    assert [name for name in LOSSES if of_classes(name)] == ["cross_entropy", "logistic"]
+
+
+OWN = """
+import torch
+
+def pinball(outputs, targets):
+    difference = targets - outputs
+    return torch.maximum(0.9 * difference, -0.1 * difference).mean(1)
+
+def smoothed(outputs, targets):
+    return torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1, reduction="none")
+
+def mean_already(outputs, targets):
+    return (outputs - targets).abs().mean()
+
+smoothed.of_classes = True
+pinball.higher_is_better = False
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_losses.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("own")
+def test_functions_of_ones_own() -> None:
+    outputs, targets = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[[2.0], [0.0]]])
+    learner = MAML(loss="own_losses:pinball", metric="own_losses:pinball")
+    assert task_losses(learner.loss, outputs, targets).tolist() == pytest.approx([0.5])
+    assert not higher_is_better(learner.metric)
+    assert not of_classes(learner.loss)
+    assert of_classes("own_losses:smoothed")
+    with pytest.raises(InputError, match=r"mean_already gives shape \(\) for 2 rows; expected \(2,\)"):
+        task_losses("own_losses:mean_already", outputs, targets)
+    for loss, metric, message in (
+        ("hubber", "accuracy", r"tasks\.loss='hubber': unknown; did you mean 'huber'"),
+        ("own_losses:pinbal", "accuracy", r"tasks\.loss='own_losses:pinbal': own_losses has no pinbal; did you mean"),
+        ("own_losses:number", "accuracy", r"is a int; expected a function"),
+        ("huber", "own_losses:smoothed", r"does not say which way is better; set smoothed\.higher_is_better"),
+    ):
+        with pytest.raises(InputError, match=message):
+            require_known(loss, metric, "tasks")
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

@@ -23,7 +23,7 @@ from raymeta.algorithms.task_model import Batching, Kernels, Precision, TaskMode
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient
-from raymeta.metrics import LOSSES, METRICS, task_losses, task_metrics
+from raymeta.metrics import require_known, task_losses, task_metrics
 from raymeta.ops.batch_norm import LayerStatistics
 from raymeta.ops.draws import keys_by_purpose
 from raymeta.params import MODEL, ParameterLayout, Params, model_params
@@ -123,7 +123,7 @@ class Learner(ABC):
             a C compiler); "general": all by vmap's own rules; "auto": "native" where there is a compiler and a layer
             that has such a kernel, else "task".
         compile: fuse the recorded computation by `torch.compile` (`raymeta.algorithms.program`): for small models.
-        loss, metric: names in `raymeta.metrics`.
+        loss, metric: names in `raymeta.metrics`, or the user's own functions as package.module:function.
         seed: of every draw inside an adaptation.
         training_classes: how many classes the training split has; None where there are none.
     """
@@ -143,8 +143,7 @@ class Learner(ABC):
     def __post_init__(self) -> None:
         for field, allowed in _choices(type(self)).items():
             self.require(getattr(self, field) in allowed, field, "one of " + ", ".join(map(repr, allowed)))
-        self.require(self.loss in LOSSES, "loss", "one of " + ", ".join(LOSSES))
-        self.require(self.metric in METRICS, "metric", "one of " + ", ".join(METRICS))
+        require_known(self.loss, self.metric, "algorithm")
 
     def init(self, model: nn.Module, seed: int) -> Params:
         """The outer parameters before the first step: the module's weights as they are, under `model.`, and what the

@@ -10,8 +10,8 @@ import numpy as np
 
 from raymeta.build.errors import told
 from raymeta.config import Config
-from raymeta.errors import InputError, nearest
-from raymeta.metrics import LOSSES, METRICS
+from raymeta.errors import InputError
+from raymeta.metrics import require_known
 from raymeta.tasks.class_episodes import ClassEpisodes
 from raymeta.tasks.fitted import FittedTasks
 from raymeta.tasks.regression_table import RegressionTable
@@ -53,12 +53,7 @@ def _made_source(config: Config, changes: Mapping[str, int]) -> TaskSource:
             f"tasks.name={config.tasks.name} made a {type(source).__name__} without {', '.join(missing)}; expected a "
             "task source (raymeta.tasks.source.TaskSource)"
         )
-    for name, known in (("loss", LOSSES), ("metric", METRICS)):
-        if getattr(source, name) not in known:
-            raise InputError(
-                f"tasks.name={config.tasks.name} has {name}={getattr(source, name)!r}; "
-                f"{nearest(str(getattr(source, name)), known)}"
-            )
+    require_known(source.loss, source.metric, "tasks")
     return source
 
 

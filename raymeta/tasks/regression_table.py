@@ -71,6 +71,7 @@ class RegressionTable:
         standardise: "none"; "features"; or "features_and_targets" (losses are then in units of the targets' standard
             deviation). Mean and standard deviation are those of the training tasks' rows, never of the others.
         seed: of the draws.
+        loss, metric: as in `raymeta.metrics`.
 
     Raises:
         InputError: a setting that is out of range (from the constructor); from `check` and `tasks` what is wrong with
@@ -88,9 +89,9 @@ class RegressionTable:
     queries: int = 10
     standardise: str = "none"
     seed: int = 0
+    loss: str = "mean_squared_error"
+    metric: str = "mean_squared_error"
 
-    loss: ClassVar[str] = "mean_squared_error"
-    metric: ClassVar[str] = "mean_squared_error"
     classes: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
@@ -169,7 +170,7 @@ class RegressionTable:
 
     def fingerprint(self) -> str:
         drawable = [split for split in SPLITS if len(self._usable[split])]
-        return fingerprint_of(self, drawable, self._data.checksum, without=("path",))
+        return fingerprint_of(self, drawable, self._data.checksum, without=("path", "loss", "metric"))
 
     def _draw(self, split: str, number: int) -> tuple[int, np.ndarray]:
         """The table task of a task number, and its rows in a drawn order."""

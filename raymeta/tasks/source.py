@@ -15,8 +15,8 @@ class TaskSource(Protocol):
     """A source of supervised tasks. It holds settings and (mapped) data, no state: it pickles and travels.
 
     Attributes:
-        loss: a name in `raymeta.metrics.LOSSES`.
-        metric: a name in `raymeta.metrics.METRICS`.
+        loss: a name in `raymeta.metrics.LOSSES`, or a function of one's own, package.module:function.
+        metric: a name in `raymeta.metrics.METRICS`, or a function of one's own.
         outputs: how many numbers a model must put out for each row (N ways, or D target dimensions).
         input_shape: the shape of one row of x.
         classes: how many classes the training split has (rotations counted where these make classes), for joint

@@ -19,7 +19,7 @@ from raymeta import build, yaml_text
 from raymeta.algorithms import Learner
 from raymeta.config import DEFAULT_RECIPE, Config, load_config
 from raymeta.errors import InputError, nearest, shown
-from raymeta.metrics import HIGHER_IS_BETTER
+from raymeta.metrics import higher_is_better
 from raymeta.params import ParameterLayout
 from raymeta.parts import dotted, sentences
 from raymeta.section import Section
@@ -328,7 +328,7 @@ def _told(settings: Mapping[str, Any]) -> str:
 
 
 def _objective(tune: Tune, task_metric: str) -> Objective:
-    known = {f"validation_{task_metric}": HIGHER_IS_BETTER[task_metric], "validation_loss": False}
+    known = {f"validation_{task_metric}": higher_is_better(task_metric), "validation_loss": False}
     metric = tune.metric or f"validation_{task_metric}"
     if metric not in known:
         raise InputError(f"tune.metric={metric!r}: unknown; {nearest(metric, known)}")

@@ -274,7 +274,7 @@ MEANINGLESS: list[tuple[Any, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("kind", "settings", "field"), MEANINGLESS, ids=str)
 def test_settings_without_a_meaning_are_refused(kind: Any, settings: dict[str, Any], field: str) -> None:
-    with pytest.raises(InputError, match=rf"^algorithm\.{field}=.*; expected ") as caught:
+    with pytest.raises(InputError, match=rf"^algorithm\.{field}=.*(; expected |: unknown; )") as caught:
         kind(**settings)
     assert len(str(caught.value)) < 200
 
