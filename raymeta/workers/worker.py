@@ -27,6 +27,7 @@ from raymeta.errors import InputError, RunError
 from raymeta.meta_gradient import MetaGradient, Node
 from raymeta.params import ParameterLayout, Params
 from raymeta.tasks.source import TaskSource
+from raymeta.workers.device import choose_device, placed
 from raymeta.workers.reduction import Reducer
 
 # Batches drawn ahead for the next step are kept up to this many bytes in each worker.
@@ -141,14 +142,14 @@ class Worker:
             InputError: settings that this machine cannot meet.
         """
         self._settings = settings
-        self._device = _choose_device(settings.device)
+        self._device = choose_device(settings.device)
         if self._device.type == "cuda":
             # cuBLAS reads this when CUDA starts; without it the deterministic setting raises.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         keep_freed_memory()
         with self._numerics():
             parts = build()
-            self._parts = replace(parts, model=parts.model.to(self._device))
+            self._parts = replace(parts, model=placed(parts.model, self._device))
             self._layout = ParameterLayout.of(parts.learner.init(self._parts.model, 0))
             self._flat = torch.empty(self._layout.size, dtype=self._layout.dtype, device=self._device)
             fingerprint = parts.source.fingerprint()
@@ -324,12 +325,6 @@ def _is_device_error(error: Exception) -> bool:
     return (accelerator is not None and isinstance(error, accelerator)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in ("CUDA error", *NO_MEMORY))
     )
-
-
-def _choose_device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("workers.device=cuda, but this machine has no GPU that torch can use. Set workers.device=cpu.")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _numerics_name(device: torch.device) -> str:

@@ -1,0 +1,61 @@
+"""Where a worker computes: the user's own module and parameters stay where they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from raymeta.algorithms import MAML
+from raymeta.errors import InputError
+from raymeta.evaluation import EvaluationSettings
+from raymeta.outer_optimizer import OuterSettings
+from raymeta.tasks import Sinusoid
+from raymeta.trainer import MetaTrainer
+from raymeta.workers import LocalPool, WorkerParts
+from raymeta.workers.device import choose_device, placed
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def test_a_model_for_another_device_is_a_copy():
+    model = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))
+    weight = model[0].weight
+    assert placed(model, torch.device("cpu")) is model
+    there = placed(model, torch.device("meta"))  # a device that every machine has
+    assert {value.device.type for value in (*there.parameters(), *there.buffers())} == {"meta"}
+    assert {value.device.type for value in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert model[0].weight is weight
+
+
+def test_a_model_of_which_a_buffer_alone_is_elsewhere_is_a_copy():
+    model = nn.Sequential(nn.Linear(1, 2))
+    model.register_buffer("table", torch.zeros(2, device="meta"))
+    assert placed(model, torch.device("meta")) is not model
+    assert model[0].weight.device.type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_refused_where_there_is_none():
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(InputError, match=r"workers\.device=cuda, but this machine has no GPU"):
+        choose_device("cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_pool_on_a_gpu_leaves_model_and_parameters_on_the_cpu():
+    tasks, model = Sinusoid(shots=3, queries=3), nn.Linear(1, 1)
+    learner = MAML(inner_rate=0.01, loss=tasks.loss, metric=tasks.metric)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with LocalPool(lambda: WorkerParts(tasks, tasks, model, learner)) as pool:
+        assert pool.reports[0].device == "cuda"
+        params = learner.init(model, seed=0)
+        settings = OuterSettings(steps=2, tasks_per_step=2), EvaluationSettings(every_steps=1, tasks=2, test_tasks=2)
+        trainer = MetaTrainer(pool, params, learner.metric, *settings)
+        trainer.fit()
+    assert {value.device.type for value in (*model.parameters(), *trainer.params.values())} == {"cpu"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    batch = tasks.tasks("test", range(3))
+    total = learner.meta_gradient(model, trainer.params, batch, step=0)  # as in README: nothing here is on the GPU
+    assert total.gradient.device.type == "cpu"
