@@ -20,7 +20,7 @@ from raymeta.algorithms.learned_map import LearnedMap, Optima
 from raymeta.algorithms.learner import Adapted, StepPlan, count_ways
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.perceptron import draw_perceptron, perceptron
-from raymeta.algorithms.task_model import TaskModel
+from raymeta.algorithms.task_model import TaskModel, products
 from raymeta.episodes import Episodes, filled, joined_mask
 from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics
@@ -145,6 +145,7 @@ class AmortisedHead(LearnedMap, EmbeddingLearner):
 
         return direct(params, query)
 
+    @products("float32")
     def adapt(
         self,
         model: nn.Module,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from raymeta.algorithms.explain import explained
 from raymeta.algorithms.learner import Adapted, Learner, Statistics, StepPlan, count_ways
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
-from raymeta.algorithms.task_model import TaskModel
+from raymeta.algorithms.task_model import TaskModel, products
 from raymeta.episodes import Episodes, filled
 from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics
@@ -90,6 +90,7 @@ class EmbeddingLearner(Learner):
 
         return direct(params, query)
 
+    @products("float32")
     def adapt(
         self,
         model: nn.Module,
@@ -108,6 +109,7 @@ class EmbeddingLearner(Learner):
             fitted = self.fit(params, embedded, support_y, count_ways(support_y), support_mask)
         return Adapted(fitted, {name: value.detach() for name, value in params.items()}, statistics)
 
+    @products("float32")
     def predict(
         self,
         model: nn.Module,

@@ -45,7 +45,7 @@ from raymeta.algorithms.outer_gradients import (
     vector_jacobian,
 )
 from raymeta.algorithms.program import signature
-from raymeta.algorithms.task_model import TaskModel
+from raymeta.algorithms.task_model import TaskModel, products
 from raymeta.episodes import Episodes, filled
 from raymeta.ops.draws import derived_key
 from raymeta.params import Params, model_params
@@ -330,6 +330,7 @@ class GradientLearner(Learner):
 
         return run
 
+    @products("float32")
     def adapt(
         self,
         model: nn.Module,
@@ -402,6 +403,7 @@ class GradientLearner(Learner):
 
         return advance
 
+    @products("float32")
     def predict(
         self,
         model: nn.Module,

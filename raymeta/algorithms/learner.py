@@ -166,7 +166,7 @@ class Learner(ABC):
         tasks: Tensor | None = None,
         inner_steps: int | None = None,
     ) -> Adapted:
-        """Adapts to T tasks at once, without a graph.
+        """Adapts to T tasks at once, without a graph. Like `predict`, by exact products: see `products`.
 
         Args:
             support_x: [T, S, ...].

@@ -18,7 +18,7 @@ from raymeta.algorithms.explain import explained
 from raymeta.algorithms.learner import Adapted, StepPlan, count_ways
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
 from raymeta.algorithms.perceptron import draw_perceptron, perceptron
-from raymeta.algorithms.task_model import TaskModel
+from raymeta.algorithms.task_model import TaskModel, products
 from raymeta.episodes import Episodes, filled
 from raymeta.metrics import task_losses
 from raymeta.ops.draws import derived_key, normals, task_keys
@@ -199,6 +199,7 @@ class LEO(EmbeddingLearner):
         of_task = torch.where(latent.present, by_class, torch.zeros_like(by_class)).sum(1) / latent.present.sum(1)
         return of_task + self.orthogonality * correlation(params[f"{DECODER}0.weight"])
 
+    @products("float32")
     def adapt(
         self,
         model: nn.Module,

@@ -21,7 +21,7 @@ from raymeta.algorithms.inner_loop import InnerLoop, Number, Rates
 from raymeta.algorithms.learner import Adapted, MiniBatches, Statistics, StepPlan
 from raymeta.algorithms.maml import MAML
 from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direct
-from raymeta.algorithms.task_model import TaskModel
+from raymeta.algorithms.task_model import TaskModel, products
 from raymeta.episodes import Episodes, filled, joined_mask
 from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics
@@ -96,6 +96,7 @@ class MultiTask(MAML):
 
         return direct(params, query)
 
+    @products("float32")
     def adapt(
         self,
         model: nn.Module,
@@ -155,6 +156,7 @@ class MultiTask(MAML):
             statistics = prepared.support_statistics(body, shared, support_x, support_mask)
         return Adapted({**fast, HEAD_ABSENT: absent}, shared, statistics)
 
+    @products("float32")
     def predict(
         self,
         model: nn.Module,

@@ -256,7 +256,8 @@ def task_model(
 @contextlib.contextmanager
 def products(precision: Precision) -> Iterator[None]:
     """Whether a GPU's products and convolutions of float32 tensors may round their inputs to TF32: with "tf32" alone.
-    (torch lets convolutions do so by default.) On a CPU nothing changes."""
+    (torch lets convolutions do so by default.) On a CPU nothing changes. A method of a learner that is no part of its
+    meta-gradient has it as a decorator, with "float32"."""
     if not torch.cuda.is_available():
         yield
         return

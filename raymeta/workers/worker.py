@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raymeta.algorithms.task_model import products
 from raymeta.errors import InputError, RunError
 from raymeta.meta_gradient import MetaGradient, Node
 from raymeta.params import ParameterLayout, Params
@@ -254,7 +255,10 @@ class Worker:
 
     @contextlib.contextmanager
     def _numerics(self) -> Iterator[None]:
-        """What decides the bits is set while the worker computes, and put back: the process may be the user's own."""
+        """What decides the bits is set while the worker computes, and put back: the process may be the user's own.
+
+        Products are exact, whatever torch's own default: `algorithm.precision` is of training's gradients alone.
+        """
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch_settings: Any = torch.utils.deterministic
         fill = torch_settings.fill_uninitialized_memory
@@ -264,7 +268,7 @@ class Worker:
             torch_settings.fill_uninitialized_memory = False  # an extra pass over every new tensor
             torch.use_deterministic_algorithms(True)
         try:
-            with torch_threads(self._settings.threads):
+            with torch_threads(self._settings.threads), products("float32"):
                 yield
         finally:
             if wanted:

@@ -45,3 +45,28 @@ def test_tf32_is_off_unless_asked_for(small: Any) -> None:
     rounded = replace(learner, precision="tf32").meta_gradient(model, params, batch, 0).gradient
     error = float((rounded - exact).norm() / exact.norm())
     assert 1e-6 < error < 1e-2
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_adaptation_and_prediction_are_exact_whatever_torch_allows(small: Any, precision: Any) -> None:
+    """torch's own default lets convolutions round to TF32."""
+    learner = MAML(inner_rate=0.1, inner_steps=2, precision=precision)
+    model, params, batch = small.problem(learner, "conv4")
+    model, batch = model.float().cuda(), batch.to("cuda", torch.float32)
+    params = {name: value.float().cuda() for name, value in params.items()}
+
+    def outputs() -> torch.Tensor:
+        adapted = learner.adapt(model, params, batch.support_x, batch.support_y)
+        return learner.predict(model, adapted, batch.query_x)
+
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        found = []
+        for allowed in (True, False):
+            cudnn.allow_tf32 = allowed
+            found.append(outputs())
+            assert cudnn.allow_tf32 is allowed
+    finally:
+        cudnn.allow_tf32 = before
+    assert torch.equal(*found)

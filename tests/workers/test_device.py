@@ -59,3 +59,15 @@ def test_a_pool_on_a_gpu_leaves_model_and_parameters_on_the_cpu():
     batch = tasks.tasks("test", range(3))
     total = learner.meta_gradient(model, trainer.params, batch, step=0)  # as in README: nothing here is on the GPU
     assert total.gradient.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_what_a_worker_maps_is_computed_without_tf32(lines, params):
+    def allowed(parts, params, split, tasks):
+        return [(torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) for _ in tasks]
+
+    before = torch.backends.cudnn.allow_tf32
+    with LocalPool(lines()) as pool:
+        assert pool.map(allowed, params, "test", range(2)) == [(False, False)] * 2
+    assert torch.backends.cudnn.allow_tf32 is before
