@@ -50,7 +50,7 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
             config = build.settled(config, parts, params, pool)
             directory.write_config(config.resolved())
             _say_what_runs(console, config, pool, trainer)
-            _say_precision(console, config, parts, trainer)
+            _say_precision(console, config, pool, trainer)
             with RunProgress(
                 config.outer.steps, trainer.step_number, config.outer.tasks_per_step, trainer.metric, console
             ) as progress:
@@ -118,14 +118,14 @@ def _say_what_runs(console: Console, config: Any, pool: Any, trainer: Any) -> No
     )
 
 
-def _say_precision(console: Console, config: Any, parts: Any, trainer: Any) -> None:
+def _say_precision(console: Console, config: Any, pool: Any, trainer: Any) -> None:
     """Mixed precision is never used without its error beside it."""
     from raymeta.precision import TASKS, gradient_error
 
     precision = config.algorithm.arguments.get("precision", "float32")
     if precision == "float32":
         return
-    error = gradient_error(parts, trainer.params)
+    error = gradient_error(pool, trainer.flat)
     console.print(
         f"precision {precision}: the meta-gradient of the first {TASKS} tasks differs from float32's by "
         f"{100 * error:.2f} % of its norm",
