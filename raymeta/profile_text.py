@@ -10,7 +10,8 @@ from raymeta.profiling import Profile
 def table(found: Profile) -> Table:
     """One row for each candidate, in the order in which they were measured; the fastest is marked."""
     shown = Table(
-        title=f"{found.tasks_per_step} tasks a step, {found.workers} workers with {found.threads} threads each",
+        title=f"{found.tasks_per_step} tasks a step, {found.workers} workers with {found.threads} threads each, on "
+        f"{found.device}",
         title_justify="left",
     )
     shown.add_column("")

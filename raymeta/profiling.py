@@ -1,8 +1,8 @@
 """`raymeta profile`: what a chunk costs on this machine with other settings, and where its time goes.
 
-Measured are whole chunks of training tasks through the learner itself, in this process, with the threads of one worker.
-What a step costs is told from that: the chunks of the worker that has the most of them. The driver and the way to the
-workers come on top (README: a few milliseconds).
+Measured are whole chunks of training tasks through the learner itself, in this process, with the device and threads of
+one worker. What a step costs is told from that: the chunks of the worker that has the most of them. The driver and the
+way to the workers come on top (README: a few milliseconds).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.algorithms.program import RECORD_AFTER, signature
 from raymeta.algorithms.task_model import Kernels
 from raymeta.params import Params
+from raymeta.workers.device import choose_device, placed
 from raymeta.workers.reduction import chunk_count
-from raymeta.workers.worker import WorkerParts, keep_freed_memory
+from raymeta.workers.worker import WorkerParts, WorkerSettings, keep_freed_memory, numerics
 
 # Of a recorded chunk, to time its operations one by one.
 RUNS = 5
@@ -70,6 +71,7 @@ class Profile:
 
     tasks_per_step: int
     workers: int
+    device: str
     threads: int
     candidates: tuple[Candidate, ...]
     best: Candidate
@@ -88,7 +90,7 @@ def profile(
     tasks_per_step: int,
     chunk_tasks: int | None,
     workers: int,
-    threads: int,
+    settings: WorkerSettings,
     seconds: float = 3.0,
     try_compile: bool = False,
     told: Callable[[Candidate], None] = lambda candidate: None,
@@ -97,16 +99,20 @@ def profile(
 
     Args:
         chunk_tasks: that of the configuration; None: the rule's.
-        workers: how many share a step.
+        workers: how many share a step. settings: of each of them.
         seconds: for each candidate, at least five chunks.
         try_compile: also `algorithm.compile`, which takes tens of seconds to compile.
         told: called with each candidate when it is measured.
+
+    Raises:
+        InputError: a device that this machine has not.
     """
     keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        device = next(parts.model.parameters()).device.type
+    place = choose_device(settings.device)
+    device = place.type
+    with numerics(settings, place):
+        parts = replace(parts, model=placed(parts.model, place))
+        params = {name: value.to(place) for name, value in params.items()}
         tried: dict[Candidate, Learner] = {}
 
         def measured(learner: Learner, size: int) -> Candidate:
@@ -137,10 +143,16 @@ def profile(
         best = min(exact, key=lambda candidate: candidate.step_seconds)
         shares, gigaflops = _where(parts, tried[best], params, best)
         return Profile(
-            tasks_per_step, workers, threads, tuple(found), best, shares, gigaflops, _matmul_gigaflops(device)
+            tasks_per_step,
+            workers,
+            device,
+            settings.threads,
+            tuple(found),
+            best,
+            shares,
+            gigaflops,
+            _matmul_gigaflops(device),
         )
-    finally:
-        torch.set_num_threads(before)
 
 
 def _sizes(tasks: int, chunk_tasks: int | None, workers: int, device: str) -> list[int]:
@@ -219,6 +231,8 @@ class _Timed(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
         result = super().call_function(target, args, kwargs)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # else the time is that of the call, not of the operation
         name = str(target)
         kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "elementwise and sums")
         self.seconds[kind] += time.perf_counter() - started

@@ -15,6 +15,7 @@ from raymeta.algorithms.program import RECORD_AFTER
 from raymeta.config import load_config
 from raymeta.profile_text import where
 from raymeta.profiling import Candidate, _Timed, profile
+from raymeta.workers import WorkerSettings
 
 SMALL = """
 tasks: {name: sinusoid, shots: 3, queries: 4}
@@ -46,7 +47,9 @@ def test_every_candidate_is_measured_and_the_fastest_is_the_best(place: str) -> 
     parts = build.check(config)
     told: list[Candidate] = []
     threads = torch.get_num_threads()
-    found = profile(parts, build.first_params(config, parts), 6, None, 2, 1, seconds=0.05, told=told.append)
+    found = profile(
+        parts, build.first_params(config, parts), 6, None, 2, WorkerSettings(), seconds=0.05, told=told.append
+    )
     assert torch.get_num_threads() == threads
     assert tuple(told) == found.candidates
     assert {candidate.chunk_tasks for candidate in told} == {1, 2, 3, 4}
@@ -90,4 +93,24 @@ def test_the_command_prints_one_json_object(capsys: Any, place: str) -> None:
     assert cli.run(["profile", place, "--seconds", "0.05", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["workers"] == 1
+    assert found["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert found["best"] in found["candidates"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_refused_where_there_is_none(capsys: Any, place: str) -> None:
+    assert cli.run(["profile", place, "workers.device=cuda"]) == 2
+    assert "workers.device=cuda, but this machine has no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_its_chunks_are_measured(place: str) -> None:
+    config = load_config(place, [])
+    parts = build.check(config)
+    params = build.first_params(config, parts)
+    found = profile(parts, params, 6, None, 1, WorkerSettings(), seconds=0.05)
+    assert found.device == "cuda"
+    assert {value.device.type for value in (*parts.model.parameters(), *params.values())} == {"cpu"}
+    on_cpu = profile(parts, params, 6, None, 1, WorkerSettings(device="cpu"), seconds=0.05)
+    assert on_cpu.device == "cpu"

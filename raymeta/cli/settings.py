@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -59,13 +60,13 @@ def profile(arguments: tuple[str, ...], seconds: float, try_compile: bool, as_js
     from raymeta import build, profiling
     from raymeta.config import DEFAULT_RECIPE, load_config
     from raymeta.profile_text import table, where
+    from raymeta.workers.device import choose_device
 
     source, overrides = source_and_overrides(arguments)
     config = load_config(source or DEFAULT_RECIPE, overrides)
+    settings = _settings_of_a_worker(config.workers)
+    workers = _workers_here(config.workers, choose_device(settings.device).type)
     parts = build.check(config)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    section = config.workers
-    workers = 1 if section.backend == "local" else section.count or max(1, cores // section.threads)
     with Console(stderr=True).status("measuring") as status:
         found = profiling.profile(
             parts,
@@ -73,7 +74,7 @@ def profile(arguments: tuple[str, ...], seconds: float, try_compile: bool, as_js
             config.outer.tasks_per_step,
             config.chunk_tasks,
             workers,
-            config.workers.threads,
+            settings,
             seconds,
             try_compile,
             lambda candidate: status.update(f"{candidate.settings()}: {1e3 * candidate.chunk_seconds:.1f} ms a chunk"),
@@ -83,6 +84,25 @@ def profile(arguments: tuple[str, ...], seconds: float, try_compile: bool, as_js
         return
     Console(width=None if sys.stdout.isatty() else 140).print(table(found))
     print("\n".join(where(found)))
+
+
+def _settings_of_a_worker(section: Any) -> Any:
+    """What a worker of the `workers` section computes with; one that Ray gives no GPU computes on the CPU."""
+    from raymeta.workers import WorkerSettings
+
+    return WorkerSettings(section.threads, "cpu" if section.gpus_per_worker == 0 else section.device)
+
+
+def _workers_here(section: Any, device: str) -> int:
+    """How many workers this machine has room for, where the section does not say: by GPUs, or else by cores."""
+    import torch
+
+    if section.backend == "local" or section.count is not None:
+        return section.count or 1
+    if device == "cuda":
+        return max(1, int(torch.cuda.device_count() / (section.gpus_per_worker or 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // section.threads)
 
 
 @commands.command()

@@ -144,9 +144,6 @@ class Worker:
         """
         self._settings = settings
         self._device = choose_device(settings.device)
-        if self._device.type == "cuda":
-            # cuBLAS reads this when CUDA starts; without it the deterministic setting raises.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         keep_freed_memory()
         with self._numerics():
             parts = build()
@@ -253,27 +250,34 @@ class Worker:
             self._version = version
         return self._layout.unflatten(self._flat)
 
-    @contextlib.contextmanager
-    def _numerics(self) -> Iterator[None]:
-        """What decides the bits is set while the worker computes, and put back: the process may be the user's own.
+    def _numerics(self) -> contextlib.AbstractContextManager[None]:
+        return numerics(self._settings, self._device)
 
-        Products are exact, whatever torch's own default: `algorithm.precision` is of training's gradients alone.
-        """
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch_settings: Any = torch.utils.deterministic
-        fill = torch_settings.fill_uninitialized_memory
-        # On one CPU thread every sum has a fixed order already, and the deterministic kernels are slower.
-        wanted = self._settings.deterministic and (self._device.type == "cuda" or self._settings.threads > 1)
+
+@contextlib.contextmanager
+def numerics(settings: WorkerSettings, device: torch.device) -> Iterator[None]:
+    """What decides the bits is set while a worker computes, and put back: the process may be the user's own.
+
+    Products are exact, whatever torch's own default: `algorithm.precision` is of training's gradients alone.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch_settings: Any = torch.utils.deterministic
+    fill = torch_settings.fill_uninitialized_memory
+    # On one CPU thread every sum has a fixed order already, and the deterministic kernels are slower.
+    wanted = settings.deterministic and (device.type == "cuda" or settings.threads > 1)
+    if wanted:
+        torch_settings.fill_uninitialized_memory = False  # an extra pass over every new tensor
+        torch.use_deterministic_algorithms(True)
+        if device.type == "cuda":
+            # cuBLAS reads this when CUDA starts; without it the deterministic setting raises.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        with torch_threads(settings.threads), products("float32"):
+            yield
+    finally:
         if wanted:
-            torch_settings.fill_uninitialized_memory = False  # an extra pass over every new tensor
-            torch.use_deterministic_algorithms(True)
-        try:
-            with torch_threads(self._settings.threads), products("float32"):
-                yield
-        finally:
-            if wanted:
-                torch.use_deterministic_algorithms(deterministic)
-                torch_settings.fill_uninitialized_memory = fill
+            torch.use_deterministic_algorithms(deterministic)
+            torch_settings.fill_uninitialized_memory = fill
 
 
 @contextlib.contextmanager
