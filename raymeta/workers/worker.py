@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import platform
 import shutil
@@ -31,8 +32,12 @@ from raymeta.tasks.source import TaskSource
 from raymeta.workers.device import choose_device, placed
 from raymeta.workers.reduction import Reducer
 
+logger = logging.getLogger(__name__)
+
 # Batches drawn ahead for the next step are kept up to this many bytes in each worker.
 PREPARED_BYTES = 256 << 20
+# Bytes below which an allocation comes from the heap: the first that glibc takes.
+MMAP_THRESHOLDS = (1 << 30, 1 << 25)
 # What torch says when the system gives it no memory: a plain RuntimeError.
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
@@ -367,8 +372,21 @@ def keep_freed_memory() -> None:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD: below this size, from the heap
-    libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD: free space kept at the heap's end
+    settle_thresholds(lambda name, value: libc.mallopt(ctypes.c_int(name), ctypes.c_int(value)))
+
+
+def settle_thresholds(mallopt: Callable[[int, int], int]) -> None:
+    """`keep_freed_memory` by glibc's `mallopt` of (setting, bytes), which gives 0 for a value that it refuses. What
+    cannot be had is logged: only the time that a step takes depends on it."""
+    mmap_threshold, trim_threshold = -3, -1
+    # Tensors below this size come from the heap. Older glibc allows at most 32 MiB, half of a heap of its own.
+    if not any(mallopt(mmap_threshold, value) for value in MMAP_THRESHOLDS):
+        logger.warning(
+            "steps take longer: glibc refuses to keep freed tensors of up to %d MiB (mallopt M_MMAP_THRESHOLD).",
+            MMAP_THRESHOLDS[-1] >> 20,
+        )
+    if not mallopt(trim_threshold, 2**31 - 1):  # free space kept at the heap's end
+        logger.warning("steps take longer: glibc refuses to keep free space (mallopt M_TRIM_THRESHOLD).")
 
 
 def tensor_view(array: np.ndarray) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,14 @@ from raymeta.params import ParameterLayout, params_hash
 from raymeta.tasks import Sinusoid
 from raymeta.workers.local_pool import LocalPool
 from raymeta.workers.pool import Abandoned, require_alike
-from raymeta.workers.worker import TaskError, Worker, WorkerParts, WorkerSettings
+from raymeta.workers.worker import (
+    TaskError,
+    Worker,
+    WorkerParts,
+    WorkerSettings,
+    keep_freed_memory,
+    settle_thresholds,
+)
 
 
 @pytest.mark.parametrize("chunk_tasks", [None, 1, 3, 100])
@@ -164,3 +173,29 @@ def test_a_model_without_such_layers_needs_no_compiler(monkeypatch):
     config = load_config("sinusoid-10s-maml", ["model.hidden=[4]"])
     with LocalPool(functools.partial(worker_parts, config.resolved())) as pool:
         assert pool.reports[0].kernels == "task"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no glibc here")
+def test_this_machines_libc_takes_the_thresholds(caplog):
+    caplog.set_level(logging.WARNING, "raymeta.workers")
+    keep_freed_memory()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("largest", "taken"), [(1 << 30, 1 << 30), (1 << 25, 1 << 25), (0, None)])
+def test_a_libc_that_refuses_a_threshold_is_asked_for_less_and_then_it_is_said(largest, taken, caplog):
+    """Older glibc takes at most 32 MiB (HEAP_MAX_SIZE / 2), and says so by its result alone."""
+    caplog.set_level(logging.WARNING, "raymeta.workers")
+    held = {}
+
+    def mallopt(setting, value):
+        if setting == -3 and value > largest:
+            return 0
+        held[setting] = value
+        return 1
+
+    settle_thresholds(mallopt)
+    assert held.get(-3) == taken
+    assert held[-1] == 2**31 - 1
+    assert len(caplog.messages) == (taken is None)
+    assert taken is not None or "up to 32 MiB" in caplog.messages[0]
