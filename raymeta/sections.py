@@ -24,6 +24,8 @@ class Workers(Section):
         wait_seconds: how long an attached cluster may take to have room.
         address: of a Ray cluster to attach to; None: `RAY_ADDRESS`, or a new local one.
         device: "auto": a GPU where a worker has one; "cpu"; "cuda".
+        deterministic: refuse GPU kernels (and threaded CPU ones) whose sums have no fixed order; false: bits may differ
+            from run to run, and models that need such a kernel can be trained.
         aggregation: of the sums of a node's workers, on that node, before they travel to the driver: "node": always;
             "none": never; "auto": on other nodes than the driver's, where it spares 4 MB a step and more.
     """
@@ -36,6 +38,7 @@ class Workers(Section):
     wait_seconds: float = Field(default=60.0, gt=0)
     address: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = True
     aggregation: Literal["auto", "none", "node"] = "auto"
 
     @model_validator(mode="after")

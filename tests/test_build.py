@@ -360,6 +360,29 @@ def test_a_local_pool_of_the_settings() -> None:
         assert pool.workers == 1
 
 
+def test_a_model_without_deterministic_kernels_trains_where_they_are_not_asked_for(own: Callable[[str], str]) -> None:
+    """With two threads the rule is on on a CPU, too; one of the few CPU operations that it refuses stands for a GPU's
+    many."""
+    name = own("""
+        import torch
+        from torch import nn
+
+        class Puts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(1, 1)
+
+            def forward(self, x):
+                return self.layer(x) + torch.zeros(1).put(torch.zeros(1, dtype=torch.int64), torch.ones(1))
+    """)
+    raw = {**SINUSOID, "model": {"name": f"{name}:Puts"}, "workers": {"backend": "local", "threads": 2}}
+    with pytest.raises(InputError, match=r"put_ does not have a deterministic .*workers\.deterministic=false"):
+        build.make_pool(load_config(raw))
+    config = load_config(raw, ["workers.deterministic=false"])
+    with build.make_pool(config) as pool:
+        build.make_trainer(config, build.check(config), pool, None).step()
+
+
 def test_evaluation_settings_say_how_many_inner_steps() -> None:
     assert build.evaluation_settings(load_config(SINUSOID, ["algorithm.inner_steps=3"])).inner_steps == 3
     both = load_config(SINUSOID, ["algorithm.inner_steps=3", "evaluation.inner_steps=7"])

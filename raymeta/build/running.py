@@ -68,7 +68,7 @@ def make_pool(config: Config) -> WorkerPool:
     """
     workers = config.workers
     build = partial(worker_parts, for_workers(config))
-    settings = WorkerSettings(threads=workers.threads, device=workers.device)
+    settings = WorkerSettings(workers.threads, workers.device, workers.deterministic)
     if workers.backend == "local":
         return LocalPool(build, settings, config.chunk_tasks)
     from raymeta.workers.ray_pool import RayPool  # ray takes a second to import, and a local run needs none of it

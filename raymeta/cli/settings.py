@@ -90,7 +90,8 @@ def _settings_of_a_worker(section: Any) -> Any:
     """What a worker of the `workers` section computes with; one that Ray gives no GPU computes on the CPU."""
     from raymeta.workers import WorkerSettings
 
-    return WorkerSettings(section.threads, "cpu" if section.gpus_per_worker == 0 else section.device)
+    device = "cpu" if section.gpus_per_worker == 0 else section.device
+    return WorkerSettings(section.threads, device, section.deterministic)
 
 
 def _workers_here(section: Any, device: str) -> int:

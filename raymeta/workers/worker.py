@@ -40,6 +40,8 @@ PREPARED_BYTES = 256 << 20
 MMAP_THRESHOLDS = (1 << 30, 1 << 25)
 # What torch says when the system gives it no memory: a plain RuntimeError.
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+# What torch says of an operation without a deterministic kernel: a plain RuntimeError, with advice on its own switch.
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
 
 
 class Learning(Protocol):
@@ -315,8 +317,16 @@ def _named(run: Callable[[Sequence[int]], Any], tasks: Sequence[int], where: str
         failing = tuple(task for task in tasks if _raises(run, task)) if len(tasks) > 1 else tuple(tasks)
         alone = "" if failing else " (as one batch; none of them fails alone)"
         named = failing or tuple(tasks)
-        message = f"task {_names(named)} of {where} failed{alone}: {type(error).__name__}: {error}"
+        message = f"task {_names(named)} of {where} failed{alone}: {said_by(error)}"
         raise TaskError(message, named, text) from error
+
+
+def said_by(error: Exception) -> str:
+    """What an error of the user's own code says, and what to set where torch has no deterministic kernel for it."""
+    text = f"{type(error).__name__}: {error}"
+    if NOT_DETERMINISTIC not in text:
+        return text
+    return f"{text} (Set workers.deterministic=false to allow it: bits may then differ from run to run.)"
 
 
 def _raises(run: Callable[[Sequence[int]], Any], task: int) -> bool:

@@ -79,6 +79,21 @@ def test_an_error_names_its_tasks_and_carries_the_original_traceback(lines, para
     assert "in tasks" in error.traceback_text
 
 
+def test_an_operation_without_a_deterministic_kernel_is_said_with_the_setting_that_allows_it(lines, params):
+    """With two threads the rule is on on a CPU, too, which has one or two such operations; a GPU has many."""
+
+    def act(task):
+        torch.zeros(1).put_(torch.zeros(1, dtype=torch.int64), torch.ones(1))
+
+    with (
+        LocalPool(lines(act=act), WorkerSettings(threads=2, device="cpu")) as pool,
+        pytest.raises(TaskError, match=r"task 0 .*put_ does not have a deterministic .*workers\.deterministic=false"),
+    ):
+        pool.meta_gradient(params, 0, range(1))
+    with LocalPool(lines(act=act), WorkerSettings(threads=2, device="cpu", deterministic=False)) as pool:
+        assert pool.meta_gradient(params, 0, range(1)).tasks == 1
+
+
 def test_an_error_of_the_model_names_all_its_tasks(lines, params):
     def build():
         parts = lines()()
