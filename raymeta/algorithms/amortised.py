@@ -24,7 +24,6 @@ from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direc
 from raymeta.algorithms.perceptron import draw_perceptron, perceptron
 from raymeta.algorithms.task_model import TaskModel
 from raymeta.episodes import Episodes, filled, joined_mask
-from raymeta.errors import InputError
 from raymeta.params import ParameterLayout, Params, model_params, with_prefix
 from raymeta.seeding import torch_generator
 
@@ -110,12 +109,7 @@ class Amortised(LearnedMap, MAML):
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
         if self.supervision == "query":
             return super().summed_gradient(model, params, batch, plan)
-        if batch.fits is None:
-            raise InputError(
-                f"algorithm.supervision={self.supervision!r} needs the optima of the training tasks; make them by "
-                "`raymeta fit RECIPE --output DIR`, and set algorithm.fits=DIR"
-            )
-        optima = batch.fits
+        optima = self.fits_of(batch)
 
         def distance(leaves: Params) -> QueryResult:
             found = self.prediction(leaves, batch.support_x, batch.support_y, batch.support_mask)

@@ -22,7 +22,6 @@ from raymeta.algorithms.outer_gradients import OuterGradient, QueryResult, direc
 from raymeta.algorithms.perceptron import draw_perceptron, perceptron
 from raymeta.algorithms.task_model import TaskModel, products
 from raymeta.episodes import Episodes, filled, joined_mask
-from raymeta.errors import InputError
 from raymeta.ops.batch_norm import LayerStatistics
 from raymeta.params import Params, with_prefix
 from raymeta.seeding import torch_generator
@@ -125,11 +124,7 @@ class AmortisedHead(LearnedMap, EmbeddingLearner):
         return {**fitted, WEIGHT: weight}
 
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
-        if self.supervision != "query" and batch.fits is None:
-            raise InputError(
-                f"algorithm.supervision={self.supervision!r} needs the optima of the training tasks; make them by "
-                "`raymeta fit RECIPE --output DIR`, and set algorithm.fits=DIR"
-            )
+        optima = None if self.supervision == "query" else self.fits_of(batch)
 
         def query(leaves: Params) -> QueryResult:
             support = self.embed(model, leaves, batch.support_x, batch.support_mask, plan.keys["support"])
@@ -137,8 +132,8 @@ class AmortisedHead(LearnedMap, EmbeddingLearner):
             fitted = self.fit(leaves, support, batch.support_y, plan.ways, batch.support_mask)
             scores = self.scores(leaves, self.stepped(fitted, self.inner_steps), embedded)
             loss = self.losses(scores, batch.query_y, batch.query_mask)
-            if batch.fits is not None and self.supervision != "query":
-                distance = (fitted[WEIGHT].flatten(1) - batch.fits).square().mean(1)
+            if optima is not None:
+                distance = (fitted[WEIGHT].flatten(1) - optima).square().mean(1)
                 both = self.supervision == "both"
                 loss = loss + self.parameter_weight * distance if both else distance
             return QueryResult(loss, self.metrics(scores.detach(), batch.query_y, batch.query_mask))

@@ -112,7 +112,7 @@ class Augmentation(EmbeddingLearner):
             loss = self.losses(scores, batch.query_y, batch.query_mask)
             reported.append(loss.detach())
             x = embedded.detach() / math.sqrt(embedded.shape[2])
-            own = _finite(centres.detach()) / math.sqrt(embedded.shape[2])
+            own = _zero_where_absent(centres.detach()) / math.sqrt(embedded.shape[2])
             own = F.one_hot(batch.query_y, plan.ways).to(own) @ own  # [T, Q, D] each row's class
             noise = normals(plan.keys["generator"], (x.shape[1], self.latent_size), x)
             rows = self.generator_loss(leaves, own, x, noise)
@@ -126,7 +126,7 @@ class Augmentation(EmbeddingLearner):
     def fit(self, params: Params, support: Tensor, labels: Tensor, ways: int, mask: Tensor | None) -> Params:
         x, member = support / math.sqrt(support.shape[2]), membership(labels, ways, mask)
         present = member.any(1)
-        centres = _finite(prototypes(x, labels, ways, mask))
+        centres = _zero_where_absent(prototypes(x, labels, ways, mask))
         if self.generated:
             x = torch.cat([x, self.generated_rows(params, centres).flatten(1, 2)], 1)
             own = torch.diag_embed(present).repeat_interleave(self.generated, 1)
@@ -201,6 +201,6 @@ class GANAugmentation(Augmentation):
         return 0.5 * (of_judge + (judged(still, made) - 1).square())
 
 
-def _finite(centres: Tensor) -> Tensor:
+def _zero_where_absent(centres: Tensor) -> Tensor:
     """`centres` [T, N, D] with 0 for the classes without a row."""
     return torch.where(centres.isposinf(), torch.zeros_like(centres), centres)

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from raymeta.episodes import Episodes
+from raymeta.errors import InputError
 from raymeta.params import Params
 
 Supervision = Literal["query", "parameters", "both"]
@@ -67,6 +68,15 @@ class LearnedMap(ABC):
         learner.require(self.fit_steps > 0, "fit_steps", "1 or more")
         learner.require(self.fit_decay > 0, "fit_decay", "a number above 0: it makes the optimum one")
         learner.require(self.fit_tolerance > 0, "fit_tolerance", "a number above 0")
+
+    def fits_of(self, batch: Episodes) -> Tensor:
+        """[T, P] the optima of the batch's tasks. Raises InputError where there are none."""
+        if batch.fits is None:
+            raise InputError(
+                f"algorithm.supervision={self.supervision!r} needs the optima of the training tasks; make them by "
+                "`raymeta fit RECIPE --output DIR`, and set algorithm.fits=DIR"
+            )
+        return batch.fits
 
     @abstractmethod
     def fitted_by(self) -> dict[str, Any]:

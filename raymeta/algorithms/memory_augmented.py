@@ -137,7 +137,7 @@ class MemoryAugmentedNetwork(SequenceLearner):
         at_read, at_free = gate * before[READ_WEIGHTS], (1 - gate) * free  # [T, B, R, M]
         kept = before[MEMORY] * (1 - free.sum(2))[..., None]
         memory = kept + at_read.transpose(2, 3) @ additions + at_free.transpose(2, 3) @ keys
-        read = (sharpness * (unit(keys) @ unit(memory).transpose(2, 3))).softmax(3)
+        read = (sharpness * (smoothed_unit(keys) @ smoothed_unit(memory).transpose(2, 3))).softmax(3)
         usage = self.usage_decay * before[USAGE] + (read + at_read + at_free).sum(2)
         found = {HIDDEN: output, CELL: cell, READ: (read @ memory).flatten(2), READ_WEIGHTS: read}
         return {**found, MEMORY: memory, USAGE: usage}
@@ -150,8 +150,8 @@ def least_used(usage: Tensor, heads: int) -> Tensor:
     return (places == torch.arange(usage.shape[1], device=usage.device)).to(usage.dtype)
 
 
-def unit(x: Tensor) -> Tensor:
-    """x [..., D] / |x|, with a derivative at 0, too."""
+def smoothed_unit(x: Tensor) -> Tensor:
+    """x [..., D] / (|x|^2 + EPSILON)^(1/2): shorter than 1, with a derivative at 0, where memories start."""
     return x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
 
 
