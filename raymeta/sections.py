@@ -1,6 +1,7 @@
 """The sections of the configuration that name no part, workers and evaluation; and which settings go together.
 
-Their defaults stand here, once. (The section `outer` is `raymeta.outer_optimizer.OuterSettings`.)
+Their defaults stand here, once (that of `workers.wait_seconds` where the pool has it, too). The section `outer` is
+`raymeta.outer_optimizer.OuterSettings`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from raymeta.section import Section, without_meaning
+from raymeta.workers.demand import WAIT_SECONDS, check_demand
 
 
 class Workers(Section):
@@ -31,11 +33,11 @@ class Workers(Section):
     """
 
     backend: Literal["local", "ray"] = "ray"
-    count: int | None = Field(default=None, ge=1)
-    gpus_per_worker: float | None = Field(default=None, ge=0, le=1)
-    cpus_per_worker: float = Field(default=1.0, gt=0)
+    count: int | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float = 1.0
     threads: int = Field(default=1, ge=1)
-    wait_seconds: float = Field(default=60.0, gt=0)
+    wait_seconds: float = WAIT_SECONDS
     address: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
@@ -43,6 +45,7 @@ class Workers(Section):
 
     @model_validator(mode="after")
     def _means_something(self) -> Self:
+        check_demand(self.count, self.cpus_per_worker, self.gpus_per_worker, self.wait_seconds)
         if self.backend == "local":
             if self.count is not None and self.count > 1:
                 reason = "is one process; set it to null or 1, or the backend to ray"
@@ -54,9 +57,7 @@ class Workers(Section):
             if self.aggregation == "node":
                 reason = "is one process; set it to auto, or the backend to ray"
                 raise ValueError(without_meaning("workers", self, "aggregation", "backend", reason))
-        cpus, gpus = self.cpus_per_worker, self.gpus_per_worker
-        if cpus > 1 and cpus != int(cpus):
-            raise ValueError(f"workers.cpus_per_worker={cpus}; expected at most 1, or a whole number.")
+        gpus = self.gpus_per_worker
         if self.device == "cpu" and gpus:
             raise ValueError(without_meaning("workers", self, "gpus_per_worker", "device", "would leave them idle"))
         if self.device == "cuda" and gpus == 0:

@@ -8,6 +8,9 @@ from raymeta.errors import InputError
 
 Resources = Mapping[str, float]
 
+# How long workers may take to be placed, or to come back, where nobody says: the setting's default, and the pool's.
+WAIT_SECONDS = 60.0
+
 
 def check_demand(count: int | None, cpus: float, gpus: float | None, wait_seconds: float) -> None:
     """Refuse numbers that mean nothing, before anything starts.
@@ -18,11 +21,11 @@ def check_demand(count: int | None, cpus: float, gpus: float | None, wait_second
     if count is not None and count < 1:
         raise InputError(f"workers.count={count}; expected at least 1, or null for as many as there is room for.")
     if cpus <= 0 or (cpus > 1 and cpus != int(cpus)):
-        raise InputError(f"workers.cpus_per_worker={cpus}; expected a fraction below 1 or a whole number from 1 on.")
+        raise InputError(f"workers.cpus_per_worker={cpus:g}; expected a fraction below 1 or a whole number from 1 on.")
     if gpus is not None and not 0 <= gpus <= 1:
-        raise InputError(f"workers.gpus_per_worker={gpus}; expected 0 to 1: a worker computes on one GPU.")
+        raise InputError(f"workers.gpus_per_worker={gpus:g}; expected 0 to 1: a worker computes on one GPU.")
     if wait_seconds <= 0:
-        raise InputError(f"workers.wait_seconds={wait_seconds}; expected a positive number of seconds.")
+        raise InputError(f"workers.wait_seconds={wait_seconds:g}; expected a positive number of seconds.")
 
 
 def places(bundle: Resources, room: Resources) -> int:

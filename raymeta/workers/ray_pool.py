@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raymeta.meta_gradient import MetaGradient
 from raymeta.workers.deadlines import Deadlines, Pace
-from raymeta.workers.demand import check_demand
+from raymeta.workers.demand import WAIT_SECONDS, check_demand
 from raymeta.workers.jobs import GradientJob, Job, MapJob
 from raymeta.workers.pool import StepTimings, WorkerPool
 from raymeta.workers.ray_cluster import bundle_of, connect
@@ -66,7 +66,7 @@ class RayPool(WorkerPool):
         count: int | None = None,
         cpus_per_worker: float = 1,
         gpus_per_worker: float | None = None,
-        wait_seconds: float = 120.0,
+        wait_seconds: float = WAIT_SECONDS,
         address: str | None = None,
         deadlines: Deadlines | None = None,
         aggregation: Aggregation = "auto",
