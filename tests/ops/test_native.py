@@ -7,6 +7,10 @@ import ctypes
 import functools
 import logging
 import os
+import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -457,6 +461,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("kernels", "can_run"):
         monkeypatch.setattr(library, name, functools.cache(getattr(library, name).__wrapped__))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     # Whether it is built is looked at, not how fast it is: a third of the compiler's time.
     monkeypatch.setattr(library, "_COMMON", tuple("-O0" if flag == "-O3" else flag for flag in library._COMMON))
     return tmp_path / "raymeta"
@@ -498,6 +504,39 @@ def test_a_cache_that_is_not_this_users_alone_is_not_used(fresh: Path, monkeypat
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(blocked))
     assert library.can_run()
+
+
+def test_without_a_cache_one_build_serves_all_processes_of_the_user(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(blocked))
+    monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path))
+    folder = tmp_path / f"raymeta-{os.geteuid()}"
+    assert library._cache() == library._cache() == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    code = "from raymeta.ops.native import library; print(library._cache())"
+    there = {**os.environ, "TMPDIR": os.fspath(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == os.fspath(folder)
+    assert not list(tmp_path.glob("raymeta-kernels-*"))
+
+
+def test_a_temporary_folder_that_is_not_this_users_alone_is_not_used(tmp_path: Path) -> None:
+    """One that others can write, and a link; what is used instead ends with the process."""
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    code = "from raymeta.ops.native import library; print(library._cache())"
+    there = {**os.environ, "TMPDIR": os.fspath(tmp_path), "XDG_CACHE_HOME": os.fspath(blocked)}
+    folder, target = tmp_path / f"raymeta-{os.geteuid()}", tmp_path / "elsewhere"
+    for make in (lambda: (folder.mkdir(), folder.chmod(0o777)), lambda: (target.mkdir(), folder.symlink_to(target))):
+        make()
+        found = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, check=True)
+        used = Path(found.stdout.strip())
+        assert used.name.startswith("raymeta-kernels-")
+        assert not used.exists()
+        folder.rename(tmp_path / f"done-{used.name}")
 
 
 def test_the_rule() -> None:
