@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from raymeta.meta_gradient import MetaGradient
-from raymeta.workers.pool import StepTimings, WorkerPool
+from raymeta.workers.pool import StepTimings, WorkerPool, require_alike
 from raymeta.workers.reduction import Reducer, chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.worker import Build, Chunk, MapFunction, Worker, WorkerSettings, torch_threads
 
@@ -31,6 +31,7 @@ class LocalPool(WorkerPool):
         settings = settings or WorkerSettings()
         self._worker, self._threads = Worker(), settings.threads
         self.reports = (self._worker.setup(build, settings),)
+        require_alike(self.reports)
         self.timings = StepTimings()
         self._versions = itertools.count()
         self._chunk_tasks = chunk_tasks

@@ -120,12 +120,22 @@ class WorkerPool(ABC):
         self.close()
 
 
+def require_compiler(report: WorkerReport, worker: str) -> None:
+    """Refuses a worker that cannot compile where `algorithm.compile` is set. Raises InputError."""
+    if report.lacks:
+        raise InputError(
+            f"algorithm.compile=True, but {worker} on {report.host} has no {report.lacks}. Install one there, or set "
+            "algorithm.compile=False."
+        )
+
+
 def require_like_kernels(first: WorkerReport, report: WorkerReport, worker: str) -> None:
     """Refuses a worker that would round otherwise than the first one.
 
     Raises:
-        InputError: by "auto" it has other kernels.
+        InputError: by "auto" it has other kernels, or it cannot compile as it is to.
     """
+    require_compiler(report, worker)
     if report.kernels != first.kernels:
         raise InputError(
             f"worker 0 on {first.host} computes with algorithm.kernels={first.kernels}, {worker} on {report.host} with "
@@ -138,7 +148,8 @@ def require_alike(reports: Sequence[WorkerReport]) -> None:
     """Refuse workers with different data; say so where they compute differently.
 
     Raises:
-        InputError: different data, models or kinds of device, naming two workers.
+        InputError: different data, models or kinds of device, naming two workers; one that lacks what it is to
+            compile with.
     """
     first = reports[0]
     for number, report in enumerate(reports):

@@ -96,7 +96,7 @@ class WorkerReport:
         fingerprints: of the training and of the evaluation source; two workers must agree.
         torch_version, numerics: where these differ between workers (numerics is the CPU capability or the GPU's
             name), results may differ in their last bits.
-        compiler: a C++ compiler is there (and Triton, on a GPU), so `torch.compile` can work.
+        lacks: of what `algorithm.compile` needs, the first that is not there; "": nothing, or it is not set.
         device: "cpu" or "cuda".
         kernels: what `algorithm.kernels` comes to here; two workers must agree. Empty: the learner has no such setting.
     """
@@ -104,7 +104,7 @@ class WorkerReport:
     fingerprints: tuple[str, str]
     torch_version: str
     numerics: str
-    compiler: bool
+    lacks: str
     device: str
     parameters: int
     host: str
@@ -166,7 +166,7 @@ class Worker:
             fingerprints=(fingerprint, evaluation_fingerprint),
             torch_version=torch.__version__,
             numerics=_numerics_name(self._device),
-            compiler=_compiler_present(self._device),
+            lacks=_lacking(self._device) if getattr(parts.learner, "compile", False) else "",
             device=self._device.type,
             parameters=self._layout.size,
             host=socket.gethostname(),
@@ -361,11 +361,11 @@ def _no_kernels(model: nn.Module) -> str:
     return ""
 
 
-def _compiler_present(device: torch.device) -> bool:
-    names = [os.environ.get("CXX"), "g++", "c++", "clang++"]
-    return any(name and shutil.which(name) for name in names) and (
-        device.type == "cpu" or torch.utils._triton.has_triton()
-    )
+def _lacking(device: torch.device) -> str:
+    """What `torch.compile` needs on this device and does not find; "": nothing."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "C++ compiler (g++, or what CXX names)"
+    return "" if device.type == "cpu" or torch.utils._triton.has_triton() else "Triton that works on its GPU"
 
 
 def _bytes_of(batch: Any) -> int:

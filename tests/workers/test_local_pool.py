@@ -6,6 +6,7 @@ import functools
 import logging
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,24 @@ def test_workers_that_would_round_otherwise_are_refused(monkeypatch):
         InputError, match=r"kernels=native, worker 1 .* with task: .*no C compiler.*kernels=task for all"
     ):
         require_alike(reports)
+
+
+def test_a_worker_without_a_compiler_is_refused_where_the_learner_is_to_be_compiled(monkeypatch):
+    """The driver's machine may have one where a node has none."""
+    config = load_config("sinusoid-10s-maml", ["model.hidden=[4]"])
+    compiled = load_config("sinusoid-10s-maml", ["model.hidden=[4]", "algorithm.compile=true"])
+    settings = WorkerSettings(device="cpu")
+    with LocalPool(functools.partial(worker_parts, compiled.resolved()), settings) as pool:
+        (report,) = pool.reports
+    assert report.lacks == ""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with LocalPool(functools.partial(worker_parts, config.resolved()), settings) as pool:
+        assert pool.reports[0].lacks == ""  # nobody is to compile
+    with pytest.raises(InputError, match=r"compile=True, but worker 0 on \S+ has no C\+\+ compiler .*compile=False"):
+        LocalPool(functools.partial(worker_parts, compiled.resolved()), settings)
+    lacking = replace(report, lacks="C++ compiler", host="node-7")
+    with pytest.raises(InputError, match=r"worker 1 on node-7 has no C\+\+ compiler"):
+        require_alike((report, lacking))
 
 
 def test_a_model_without_such_layers_needs_no_compiler(monkeypatch):
