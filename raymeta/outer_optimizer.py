@@ -108,7 +108,7 @@ class OuterOptimizer:
     """Steps a flat vector [P] in place: the model's parameters, and what is learned beside them, each at its rate."""
 
     def __init__(self, flat: Tensor, layout: ParameterLayout, settings: OuterSettings) -> None:
-        self.settings = settings
+        self.settings, self.layout = settings, layout
         pieces, matrices = _parts(flat, layout, settings)
         self._optimizers = [
             (make(parts, settings), parts) for make, parts in ((_by_number, pieces), (_by_matrix, matrices)) if parts
@@ -134,12 +134,28 @@ class OuterOptimizer:
             if value is not None
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor], layout: ParameterLayout | None = None) -> None:
         """The inverse of `state`.
+
+        Args:
+            layout: of the parameters that the state was of: this one's in another order; None: in the same.
 
         Raises:
             InputError: variables of another optimiser or of other parameters.
         """
+        if layout is None or layout.names == self.layout.names:
+            by_part = self._by_part(state)
+        else:
+            there = OuterOptimizer(torch.zeros(layout.size, dtype=layout.dtype), layout, self.settings)
+            by_part = self._reordered(there, there._by_part(state))
+        first = 0
+        for optimizer, parts in self._optimizers:
+            own = {place: by_part[first + place] for place in range(len(parts)) if first + place in by_part}
+            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+            first += len(parts)
+
+    def _by_part(self, state: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """The variables of each part, by its number. Raises InputError as `load_state`."""
         sizes = [part.values.numel() for _, part in self._all()]
         by_part: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
@@ -151,11 +167,28 @@ class OuterOptimizer:
                     "parameter of this run"
                 )
             by_part.setdefault(number, {})[variable] = value.clone()
-        first = 0
-        for optimizer, parts in self._optimizers:
-            own = {place: by_part[first + place] for place in range(len(parts)) if first + place in by_part}
-            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
-            first += len(parts)
+        return by_part
+
+    def _reordered(self, there: OuterOptimizer, by_part: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        """The variables of `there`, which has the same parameters in another order, as this one's."""
+        whole: dict[tuple[type, str], Tensor] = {}  # [P] of each variable; a scalar (the steps done) over its part
+        scalars = set()
+        for number, (optimizer, part) in enumerate(there._all()):
+            for variable, value in by_part.get(number, {}).items():
+                kind = type(optimizer), variable
+                if not value.dim():
+                    scalars.add(kind)
+                whole.setdefault(kind, torch.zeros(there.layout.size, dtype=value.dtype))[part.piece] = value.flatten()
+        found: dict[int, dict[str, Tensor]] = {}
+        for kind, values in whole.items():
+            named = there.layout.unflatten(values)
+            values = self.layout.flatten({name: named[name] for name in self.layout.names})
+            for number, (optimizer, part) in enumerate(self._all()):
+                if type(optimizer) is kind[0]:
+                    piece = values[part.piece]
+                    own = piece[0].clone() if kind in scalars else piece.view(part.values.shape).clone()
+                    found.setdefault(number, {})[kind[1]] = own
+        return found
 
     def _all(self) -> Iterator[tuple[torch.optim.Optimizer, _Part]]:
         return ((optimizer, part) for optimizer, parts in self._optimizers for part in parts)

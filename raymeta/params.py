@@ -61,6 +61,10 @@ class ParameterLayout:
         """P, how many numbers there are in all."""
         return sum(self.sizes)
 
+    def fingerprint(self) -> str:
+        """A text that two layouts share exactly when a flat vector means the same to both."""
+        return hashlib.sha256(repr((self.names, self.shapes, str(self.dtype))).encode()).hexdigest()
+
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """One new vector [P] with the numbers of `params` in the layout's order."""
         assert tuple(params) == self.names, "the parameters are not those of the layout"

@@ -18,7 +18,7 @@ from raymeta.metrics import higher_is_better
 from raymeta.outer_optimizer import OuterOptimizer, OuterSettings, clip_by_global_norm
 from raymeta.params import ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
-from raymeta.workers.pool import Abandoned, WorkerPool
+from raymeta.workers.pool import Abandoned, WorkerPool, require_like_layout
 from raymeta.workers.worker import torch_threads
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class MetaTrainer:
         threads: cores that the driver's own arithmetic uses.
         describes: JSON that every checkpoint carries, so that the result can be used without the training data.
 
+    Raises:
+        InputError: the workers' model and learner have other parameters, or theirs in another order.
+
     Attributes:
         flat: [P] the outer parameters, one vector.
         step_number: outer steps done.
@@ -73,6 +76,7 @@ class MetaTrainer:
         self.pool, self.metric, self.outer, self.evaluation = pool, metric, outer, evaluation
         self.run, self.threads, self.describes = run, threads, dict(describes or {})
         self.layout = ParameterLayout.of(params)
+        require_like_layout(self.layout.fingerprint(), pool.reports[0], "the first worker")
         self.flat = self.layout.flatten(params).detach().clone()
         self.optimizer = OuterOptimizer(self.flat, self.layout, outer)
         self.step_number = 0
@@ -338,7 +342,7 @@ class MetaTrainer:
         if "data" in state:  # earlier versions did not keep it
             self._require_same_data(state["data"])
         self.flat.copy_(self.layout.flatten(self.layout.ordered(checkpoint.params, "the checkpoint")))
-        self.optimizer.load_state(checkpoint.optimizer)
+        self.optimizer.load_state(checkpoint.optimizer, ParameterLayout.of(checkpoint.params))
         self.step_number = checkpoint.step
         self.validated_step, self.test = state["validated_step"], state["test"]
         self.best = state["best"] if self.run is not None else None  # without a run, its parameters are nowhere

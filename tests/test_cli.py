@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -302,6 +304,53 @@ def test_a_run_whose_table_has_changed_is_not_resumed(tmp_path: Path, raymeta_cl
     assert said.code == 2
     assert "the training data have changed" in said.err
     assert RunDirectory(tmp_path / "run").read_config()["outer"]["steps"] == 6
+
+
+PAIR = """
+from torch import nn
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.{} = nn.Linear({})
+        self.{} = nn.Linear({})
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh())
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_run_whose_model_class_was_edited_goes_on_with_each_weight_in_its_place(
+    optimizer: str, tmp_path: Path, raymeta_cli: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many numbers in another order: no size tells it."""
+    first, last = ("first", "1, 3"), ("last", "3, 1")
+    module = f"own_pair_{optimizer}"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a second edit within a second would not be seen
+
+    def edited(text: str) -> None:
+        (tmp_path / f"{module}.py").write_text(text)
+        sys.modules.pop(module, None)
+
+    settings = [*SINUSOID[:-2], f"model={{name: '{module}:Pair'}}", f"outer.optimizer={optimizer}", "outer.rate=0.05"]
+    settings += ["outer.schedule=constant"]
+    edited(PAIR.format(*first, *last))
+    trained(tmp_path / "run", *settings)
+    shutil.copytree(tmp_path / "run", tmp_path / "renamed")
+    whole = RunDirectory(trained(tmp_path / "whole", *settings, "outer.steps=8")).load("latest")
+    edited(PAIR.format(*last, *first))
+    assert raymeta_cli("train", "--run-dir", tmp_path / "run", "--resume", "outer.steps=8").code == 0
+    found = RunDirectory(tmp_path / "run").load("latest")
+    assert list(found.params) != list(whole.params)
+    for name, value in whole.params.items():
+        torch.testing.assert_close(found.params[name], value, rtol=1e-5, atol=1e-6)
+    assert found.state["best"]["mean"] == pytest.approx(whole.state["best"]["mean"], rel=1e-4)
+    edited(PAIR.format("final", "3, 1", *first).replace("self.last(", "self.final("))
+    said = raymeta_cli("train", "--run-dir", tmp_path / "renamed", "--resume", "outer.steps=8")
+    assert said.code == 2
+    assert "model.final.weight is missing there, (1, 3) here" in said.err
 
 
 def test_a_run_from_the_weights_of_another(tmp_path: Path, sinusoid_run: Path, refused: Callable[..., str]) -> None:

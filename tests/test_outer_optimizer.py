@@ -222,6 +222,38 @@ def test_state_goes_there_and_back_with_the_same_bits(optimizer: str) -> None:
     assert bool(expected) == (optimizer != "plain sgd")
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "muon"])
+def test_the_state_of_parameters_in_another_order_goes_with_them(optimizer: str) -> None:
+    """A checkpoint keeps the order of the user's class as it was; the class may have been edited since."""
+    settings = OuterSettings(optimizer=optimizer, momentum=None if optimizer == "adam" else 0.9)  # type: ignore[arg-type]
+    before = {"model.first.bias": torch.zeros(3), **named(), "model.last": torch.ones(2, 3)}
+    now = {name: before[name] for name in sorted(before, reverse=True)}
+    assert list(now) != list(before)
+
+    def stepped(order: dict[str, torch.Tensor]) -> tuple[OuterOptimizer, torch.Tensor, ParameterLayout]:
+        layout = ParameterLayout.of(order)
+        flat = layout.flatten(order)
+        return OuterOptimizer(flat, layout, settings), flat, layout
+
+    def gradient(layout: ParameterLayout, step: int) -> torch.Tensor:
+        drawn = {
+            name: torch.randn(value.shape, generator=torch.Generator().manual_seed(step + 10 * place))
+            for place, (name, value) in enumerate(before.items())
+        }
+        return layout.flatten({name: drawn[name] for name in layout.names})
+
+    (old, was, there), (new, flat, here) = stepped(before), stepped(now)
+    for step in range(3):
+        old.apply(gradient(there, step), step)
+    flat.copy_(here.flatten(here.ordered(there.unflatten(was), "the checkpoint")))
+    new.load_state(old.state(), there)
+    for step in range(3, 5):
+        old.apply(gradient(there, step), step)
+        new.apply(gradient(here, step), step)
+    for name, value in there.unflatten(was).items():
+        torch.testing.assert_close(here.unflatten(flat)[name], value, rtol=1e-6, atol=1e-7)
+
+
 def test_a_state_of_other_parameters_is_refused() -> None:
     layout = ParameterLayout.of(named())
     other = ParameterLayout.of({"model.weight": torch.zeros(7)})

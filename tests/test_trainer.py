@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,6 +134,20 @@ def test_a_run_is_the_loop_written_out_bit_for_bit() -> None:
     assert list(trainer.params) == list(params)
     for name, value in trainer.params.items():
         assert torch.equal(value, params[name].detach()), name
+
+
+def test_workers_that_would_read_the_parameters_otherwise_are_refused() -> None:
+    """As many numbers, of other tensors: nothing else would be wrong but every result."""
+
+    def parts(order: str) -> WorkerParts:
+        model = nn.Sequential(OrderedDict((name, nn.Linear(1, 1)) for name in order))
+        return WorkerParts(Sinusoid(), Sinusoid(), model, MAML(loss="mean_squared_error", metric="mean_squared_error"))
+
+    driver, workers = parts("ab"), parts("ba")
+    assert isinstance(driver.learner, Learner)
+    params = driver.learner.init(driver.model, 0)
+    with pytest.raises(InputError, match="other names, shapes or another order"):
+        MetaTrainer(LocalPool(lambda: workers), params, "mean_squared_error", OUTER, EVALUATION)
 
 
 def test_a_run_is_maml_in_plain_torch() -> None:

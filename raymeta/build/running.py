@@ -15,6 +15,7 @@ from raymeta.build.fits import is_learned_map, require_fits, with_fits
 from raymeta.build.models import make_model_and_learner
 from raymeta.build.places import in_ray_job
 from raymeta.build.sources import describe_source, evaluation_changes, make_evaluation_source, make_source
+from raymeta.checkpoint import Checkpoint
 from raymeta.chunks import chunk_tasks
 from raymeta.config import Config, load_config
 from raymeta.errors import InputError
@@ -150,6 +151,16 @@ def first_params(config: Config, parts: WorkerParts) -> Params:
         assert isinstance(parts.learner, LearnedMap)
         require_fits(config, parts.source, parts.learner, params)
     return params
+
+
+def ordered_params(config: Config, parts: WorkerParts, found: Checkpoint) -> Params:
+    """The parameters of a checkpoint of this run in the order that model and learner have now, as the workers have: the
+    user's class may have been edited since.
+
+    Raises:
+        InputError: other names or shapes.
+    """
+    return ParameterLayout.of(parts.learner.init(parts.model, config.seed)).ordered(found.params, "the checkpoint")
 
 
 def make_trainer(

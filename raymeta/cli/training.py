@@ -34,7 +34,7 @@ def train(arguments: tuple[str, ...], run_dir: str | None, resume: bool) -> None
     directory.create(resume=resume)
     with directory:
         found = directory.load("latest") if resume and directory.steps() else None
-        params = build.first_params(config, parts) if found is None else found.params
+        params = build.first_params(config, parts) if found is None else build.ordered_params(config, parts, found)
         console = Console(stderr=True)
         console.print(f"run directory {directory}", highlight=False, soft_wrap=True)
         pool = build.make_pool(config)

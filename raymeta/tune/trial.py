@@ -20,6 +20,7 @@ from raymeta import build
 from raymeta.checkpoint import STEPS, Checkpoint, step_name
 from raymeta.config import load_config
 from raymeta.errors import RunError
+from raymeta.params import ParameterLayout
 from raymeta.run_directory import RunDirectory
 from raymeta.storage import Storage
 from raymeta.trainer import MetaTrainer, Record
@@ -91,7 +92,7 @@ def run_trial(
     directory.create(resume=resumes)
     with directory, build.make_pool(config) as pool:
         found = directory.load("latest") if resumes else None
-        params = build.first_params(config, parts) if found is None else found.params
+        params = build.first_params(config, parts) if found is None else build.ordered_params(config, parts, found)
         trainer = build.make_trainer(config, parts, pool, directory, params)
         if found is not None:
             trainer.resume(found)
@@ -116,7 +117,7 @@ def run_trial(
 def _take_over(trainer: MetaTrainer, found: Checkpoint) -> None:
     """What another trial's training has come to, beside its weights: the outer step and the optimiser's state."""
     trainer.step_number = found.step
-    trainer.optimizer.load_state(found.optimizer)
+    trainer.optimizer.load_state(found.optimizer, ParameterLayout.of(found.params))
     if found.step < trainer.outer.steps:
         trainer.validated_step = found.step  # what others' settings have done is not this trial's to report
 

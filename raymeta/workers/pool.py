@@ -144,6 +144,19 @@ def require_like_kernels(first: WorkerReport, report: WorkerReport, worker: str)
         )
 
 
+def require_like_layout(layout: str, report: WorkerReport, worker: str) -> None:
+    """Refuses a worker that would read the flat parameters otherwise: as many numbers, but of other tensors.
+
+    Raises:
+        InputError: its model or learner has other names, shapes or another order.
+    """
+    if report.layout != layout:
+        raise InputError(
+            f"{worker} on {report.host} has a model or learner whose parameters have other names, shapes or another "
+            "order. Give every node the same files for `model` and `algorithm`, and start again where one was edited."
+        )
+
+
 def require_alike(reports: Sequence[WorkerReport]) -> None:
     """Refuse workers with different data; say so where they compute differently.
 
@@ -163,6 +176,7 @@ def require_alike(reports: Sequence[WorkerReport]) -> None:
                 f"worker 0 on {first.host} has {first.parameters} parameters on {first.device}, worker {number} on "
                 f"{report.host} has {report.parameters} on {report.device}. Set workers.device, or use like machines."
             )
+        require_like_layout(first.layout, report, f"worker {number}")
         require_like_kernels(first, report, f"worker {number}")
     numerics = sorted({f"torch {report.torch_version} on {report.numerics}" for report in reports})
     if len(numerics) > 1:

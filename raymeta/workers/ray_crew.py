@@ -14,7 +14,7 @@ from ray import exceptions
 from raymeta.errors import InputError, RunError
 from raymeta.workers.deadlines import Deadlines
 from raymeta.workers.jobs import Head
-from raymeta.workers.pool import require_alike, require_like_kernels
+from raymeta.workers.pool import require_alike, require_like_kernels, require_like_layout
 from raymeta.workers.ray_cluster import describe_cluster, first_line
 from raymeta.workers.ray_errors import LOST, cause_of
 from raymeta.workers.ray_gauges import Gauges
@@ -191,6 +191,7 @@ class Crew:
                     f"worker {member.number} came back on {report.host} with other data than the run began with: "
                     f"{report.fingerprints}, before {before}."
                 )
+            require_like_layout(self.reports[0].layout, report, f"worker {member.number}, which came back,")
             try:
                 require_like_kernels(self.reports[0], report, f"worker {member.number}")
             except InputError as error:  # another node, or a while later, may have the compiler that this one lacks

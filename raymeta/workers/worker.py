@@ -98,6 +98,8 @@ class WorkerReport:
             name), results may differ in their last bits.
         lacks: of what `algorithm.compile` needs, the first that is not there; "": nothing, or it is not set.
         device: "cpu" or "cuda".
+        parameters: how many numbers the model and learner have. layout: their names, shapes and order
+            (`ParameterLayout.fingerprint`), which the driver's must be.
         kernels: what `algorithm.kernels` comes to here; two workers must agree. Empty: the learner has no such setting.
     """
 
@@ -107,6 +109,7 @@ class WorkerReport:
     lacks: str
     device: str
     parameters: int
+    layout: str
     host: str
     pid: int
     kernels: str = ""
@@ -169,6 +172,7 @@ class Worker:
             lacks=_lacking(self._device) if getattr(parts.learner, "compile", False) else "",
             device=self._device.type,
             parameters=self._layout.size,
+            layout=self._layout.fingerprint(),
             host=socket.gethostname(),
             pid=os.getpid(),
             kernels=getattr(parts.learner, "kernels_for", _no_kernels)(self._parts.model),
