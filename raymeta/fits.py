@@ -56,9 +56,7 @@ def read_fits(place: str | Storage, split: str = "train") -> Fits:
     storage = Storage.of(place)
     about, names = _about(storage), _parts(storage, split)
     if about is None or not names:
-        raise InputError(
-            f"{storage.shown} holds no fits of split {split!r}; expected a directory that `raymeta fit` made."
-        )
+        raise _no_fits(storage, f" of split {split!r}")
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("task", "parameters", *Fit._fields[1:])}
     for name in names:
         try:
@@ -74,6 +72,16 @@ def read_fits(place: str | Storage, split: str = "train") -> Fits:
             ) from error
     task, parameters, *others = (np.concatenate(values) for values in columns.values())
     return Fits(about, task, parameters, *others)
+
+
+def read_about(place: str | Storage) -> dict[str, Any]:
+    """What the fits are of, without reading them: they are as large as a model for each task. Raises InputError where
+    there are none."""
+    storage = Storage.of(place)
+    about = _about(storage)
+    if about is None:
+        raise _no_fits(storage)
+    return about
 
 
 def make_fits(
@@ -137,6 +145,10 @@ def _begin(storage: Storage, about: dict[str, Any]) -> None:
             f"{storage.shown} holds fits of something else: {', '.join(different)} differ. Give the settings that it "
             "was made with, or another --output."
         )
+
+
+def _no_fits(storage: Storage, which: str = "") -> InputError:
+    return InputError(f"{storage.shown} holds no fits{which}; expected a directory that `raymeta fit` made.")
 
 
 def _about(storage: Storage) -> dict[str, Any] | None:

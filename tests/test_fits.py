@@ -16,9 +16,10 @@ from raymeta import build, cli, fits
 from raymeta.algorithms.fitting import Fit
 from raymeta.config import load_config
 from raymeta.errors import InputError
-from raymeta.fits import make_fits, read_fits
+from raymeta.fits import make_fits, read_about, read_fits
 from raymeta.params import ParameterLayout
 from raymeta.run_directory import RunDirectory
+from raymeta.storage import Storage
 from raymeta.tasks.fitted import FittedTasks
 
 RECIPE: dict[str, Any] = {
@@ -123,6 +124,32 @@ def test_what_is_refused(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixt
     assert "algorithm.name=maml predicts no parameters" in capsys.readouterr().err
     assert cli.run(["train", recipe, "algorithm.supervision=both", "--run-dir", str(tmp_path / "run")]) == 2
     assert "needs the optima of the training tasks; make them by `raymeta fit" in capsys.readouterr().err
+
+
+def test_the_driver_reads_the_fits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be as large as memory allows."""
+    made(tmp_path / "one", 6)
+    config = load_config(RECIPE, ["algorithm.supervision=parameters", f"algorithm.fits={tmp_path / 'one'}"])
+    names: list[str] = []
+    read = Storage.read
+
+    def noted(storage: Storage, name: str) -> bytes:
+        names.append(name)
+        return read(storage, name)
+
+    monkeypatch.setattr(Storage, "read", noted)
+    parts = build.check(config)
+    build.first_params(config, parts)
+    assert [name for name in names if name.endswith(".arrow")] == [
+        "train-000000000-000000003.arrow",
+        "train-000000004-000000005.arrow",
+    ]
+    # What they are of is known without them.
+    for part in (tmp_path / "one").glob("*.arrow"):
+        part.unlink()
+    assert read_about(str(tmp_path / "one"))["tasks"] == build.make_source(config).fingerprint()
+    with pytest.raises(InputError, match="none holds no fits; expected a directory that `raymeta fit` made"):
+        read_about(str(tmp_path / "none"))
 
 
 def test_training_tasks_with_their_fits(tmp_path: Path) -> None:

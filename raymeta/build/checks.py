@@ -50,8 +50,9 @@ def check(config: Config) -> WorkerParts:
     params = learner.init(model, config.seed)
     if isinstance(learner, GradientLearner):
         learner.fast_names(tuple(model_params(params)))
-    _check_learner(config, with_fits(config, source), model, learner, params)
-    parts = WorkerParts(with_fits(config, source), evaluation_source, model, learner)
+    fitted = with_fits(config, source)
+    _check_learner(config, fitted, model, learner, params)
+    parts = WorkerParts(fitted, evaluation_source, model, learner)
     _check_evaluation(config, parts, params)
     return parts
 

@@ -8,7 +8,7 @@ from typing import Any
 from raymeta.algorithms.learned_map import LearnedMap
 from raymeta.config import Config
 from raymeta.errors import InputError
-from raymeta.fits import read_fits
+from raymeta.fits import read_about, read_fits
 from raymeta.params import ParameterLayout, Params, model_params, params_hash
 from raymeta.tasks.fitted import FittedTasks
 from raymeta.tasks.source import TaskSource
@@ -42,7 +42,7 @@ def about_fits(source: TaskSource, learner: LearnedMap, params: Params) -> dict[
 def require_fits(config: Config, source: FittedTasks, learner: LearnedMap, params: Params) -> None:
     """Raises InputError where the data set of fits is not of these tasks, this start and these settings."""
     place = config.algorithm.arguments["fits"]
-    there, wanted = read_fits(place).about, about_fits(source.source, learner, params)
+    there, wanted = read_about(place), about_fits(source.source, learner, params)
     causes = {
         "tasks": "other tasks (tasks.*, seed)",
         "start": "another start (model.*, seed, initial_checkpoint)",
