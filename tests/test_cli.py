@@ -528,6 +528,47 @@ def test_evaluate_of_another_split_checkpoint_and_setting(omniglot_run: Path, ra
     assert f"accuracy {100 * plain['mean']:.2f} ± {100 * plain['ci95']:.2f} %  on 5 test tasks, 3 inner steps" in text
 
 
+def test_evaluate_of_a_table_that_has_grown_is_refused(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    """The splits are drawn from the names: a few tasks more, and what was trained on is in the test."""
+
+    def table(name: str, tasks: int) -> Path:
+        generator = np.random.default_rng(0)
+        columns = {"task": np.repeat(np.arange(tasks), 8), "a": generator.normal(size=8 * tasks)}
+        columns["y"] = columns["a"] + generator.normal(size=8 * tasks)
+        return write(pa.table({key: pa.array(value) for key, value in columns.items()}), tmp_path / name)
+
+    raw = {
+        "tasks": {"name": "regression_table", "path": str(table("rows.parquet", 12)), "targets": ["y"], "shots": 3},
+        "model": {"name": "mlp", "hidden": [6]},
+        "algorithm": {"name": "maml"},
+    }
+    (tmp_path / "mine.yaml").write_text(dump(raw))
+    run = trained(tmp_path / "run", str(tmp_path / "mine.yaml"), *TINY)
+
+    def evaluated(*arguments: str) -> Said:
+        said = raymeta_cli("evaluate", run, "--episodes", "3", *arguments)
+        assert said.code == 0, said.err
+        return said
+
+    assert "may have been trained on" not in evaluated().out
+    assert json.loads(evaluated("--json").out)["same_data"] is True
+    assert json.loads(evaluated("--json", "evaluation.shots=2").out)["same_data"] is True
+    assert json.loads(evaluated("--json", "tasks.split_seed=1").out)["same_data"] is False
+    assert "tasks of this split may have been trained on" in evaluated("tasks.split_seed=1").out
+    # The same table elsewhere is the same data.
+    (tmp_path / "rows.parquet").rename(tmp_path / "moved.parquet")
+    assert json.loads(evaluated("--json", f"tasks.path={tmp_path / 'moved.parquet'}").out)["same_data"] is True
+
+    table("rows.parquet", 18)
+    for arguments in ([], ["evaluation.shots=2"], ["--split", "validation", "workers.threads=1"]):
+        message = refused("evaluate", run, *arguments)
+        assert message.startswith("the data have changed: the run was trained on tasks of fingerprint ")
+        assert "may hold tasks that it was trained on" in message
+    assert "may have been trained on" in evaluated(f"tasks.path={tmp_path / 'rows.parquet'}").out
+
+
 def test_what_evaluate_refuses(omniglot_run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     for arguments, says in (
         ([tmp_path], "is no run directory: there is no config.yaml"),

@@ -187,6 +187,11 @@ def test_the_three_stages(tmp_path: Path, recipe: str, capsys: pytest.CaptureFix
     assert found["gaps"]["loss"] == pytest.approx(found["mean"], rel=1e-5)
     assert cli.run(["evaluate", run, "--episodes", "3", "--gaps"]) == 0
     assert "from the fitted optimum (the start: " in capsys.readouterr().out
+    # More fits of the same tasks are no other data.
+    assert cli.run(["fit", recipe, "--tasks", "12", "--output", place]) == 0
+    capsys.readouterr()
+    assert cli.run(["evaluate", run, "--episodes", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["same_data"] is True
     # The result is used without the fits.
     for path in sorted(Path(place).iterdir()):
         path.unlink()

@@ -8,7 +8,7 @@ Files: `sources.py` (task sources), `models.py` (model and learner), `fits.py` (
 (where a run's files go), `errors.py`.
 """
 
-from raymeta.build.checks import check
+from raymeta.build.checks import check, same_data
 from raymeta.build.fits import about_fits, is_learned_map, with_fits
 from raymeta.build.models import make_learner, make_model, make_model_and_learner, trained
 from raymeta.build.places import expand_run_dir, in_ray_job, lasting_run_dir
@@ -47,6 +47,7 @@ __all__ = [
     "make_trainer",
     "ordered_params",
     "read_initial_checkpoint",
+    "same_data",
     "settled",
     "settled_as",
     "trained",

@@ -22,7 +22,9 @@ from raymeta.config import Config
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.evaluation import evaluate_tasks
+from raymeta.fits import read_about
 from raymeta.params import Params, model_params
+from raymeta.tasks.fitted import FittedTasks
 from raymeta.tasks.source import SPLITS, TaskSource
 from raymeta.workers.worker import WorkerParts
 
@@ -55,6 +57,41 @@ def check(config: Config) -> WorkerParts:
     parts = WorkerParts(fitted, evaluation_source, model, learner)
     _check_evaluation(config, parts, params)
     return parts
+
+
+# What decides which training tasks there are, beside the data: an override that begins so says why they are others.
+OF_THE_DATA = ("tasks.", "tasks=", "seed=", "algorithm.fits=", "algorithm.supervision=")
+
+
+def same_data(config: Config, source: TaskSource, trained_on: str | None, overrides: Sequence[str]) -> bool | None:
+    """Whether `source` has the training tasks that a checkpoint was trained on; None: the checkpoint does not say.
+
+    Where they are others, tasks of its test may have been trained on: rows added to a table, say, move its tasks from
+    one split to another.
+
+    Args:
+        trained_on: the fingerprint in the checkpoint.
+        overrides: those of the command line.
+
+    Raises:
+        InputError: they are others, although no override is of the tasks.
+    """
+    if trained_on is None:
+        return None
+    now = source.fingerprint()
+    if now == trained_on:
+        return True
+    if isinstance(source, FittedTasks):
+        about = read_about(config.algorithm.arguments["fits"])
+        if about.get("tasks") == source.source.fingerprint():
+            return True  # there are more fits since, of the same tasks
+    if not any(override.startswith(OF_THE_DATA) for override in overrides):
+        raise InputError(
+            f"the data have changed: the run was trained on tasks of fingerprint {trained_on}, those of now have "
+            f"{now}, and a test on them may hold tasks that it was trained on. Put the data back; or say on the "
+            "command line that they are others, by a setting of the tasks, such as tasks.path or tasks.store."
+        )
+    return False
 
 
 def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner: Learner, params: Params) -> None:

@@ -41,9 +41,11 @@ def evaluate(
     from raymeta.run_directory import RunDirectory
 
     directory = RunDirectory(build.expand_run_dir(run_dir))
-    config = load_config(to_predict(directory.read_config()), overrides_of(overrides))
+    given = overrides_of(overrides)
+    config = load_config(to_predict(directory.read_config()), given)
     found = directory.load(checkpoint)
     parts = build.check(config)
+    same_data = build.same_data(config, parts.source, found.state.get("data"), given)
     _, learner, params = build.trained(config, found.params, build.describe_source(parts.source))
     flat = ParameterLayout.of(params).flatten(params)
     settings = build.evaluation_settings(config)
@@ -61,12 +63,18 @@ def evaluate(
             "other_statistics": other.summary(),
             "run_dir": str(directory),
             "seed": config.seed,
+            "same_data": same_data,
             **({"gaps": gap} if with_gaps else {}),
         }
         print(json.dumps(without_non_finite(answer), allow_nan=False))
         return
     print(f"{split}, {protocol(parts.evaluation_source)}, checkpoint of step {found.step}")
     print_summaries({kind: result.summary() for kind, result in results.items()}, settings.statistics)
+    if same_data is False:
+        print(
+            "  other training tasks than the run's (tasks.*, seed): with another split or other data, tasks of this "
+            "split may have been trained on"
+        )
     if with_gaps:
         print(
             "  predicted parameters: {distance:.4g} from the fitted optimum (the start: {first_distance:.4g}); "
