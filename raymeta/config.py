@@ -216,9 +216,23 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return changes
 
 
+def as_of_now(old: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration that another version of raymeta may have written, with the defaults of the settings that
+    have come since; as it stands where this version does not take it."""
+    try:
+        return load_config(old).resolved()
+    except InputError:
+        return dict(old)
+
+
 def require_resumable(old: Mapping[str, Any], new: Mapping[str, Any], run_dir: str) -> None:
-    """Raises InputError naming every setting that changed and may not (see `config_changes`)."""
-    changes = config_changes(old, new)
+    """Raises InputError naming every setting that changed and may not (see `config_changes`).
+
+    A setting that has come since `old` was written has not changed while it has its default.
+    """
+    # Workers and evaluation may change: what this version does not know of them must not hinder the comparison.
+    kept = {name: value for name, value in old.items() if name not in ("workers", "evaluation")}
+    changes = config_changes(as_of_now(kept), new)
     if changes:
         raise InputError(
             f"{run_dir} cannot be resumed with other settings: {'; '.join(changes)}. Set them back, or start a new run "

@@ -32,7 +32,7 @@ from raymeta.config import recipe_names
 from raymeta.data.omniglot import open_omniglot
 from raymeta.ops.native import library
 from raymeta.run_directory import RunDirectory
-from raymeta.yaml_text import dump
+from raymeta.yaml_text import dump, parse
 
 TINY = [
     "workers.backend=local",
@@ -260,6 +260,30 @@ def test_what_may_change_when_a_run_is_resumed(
     assert said.code == 0
     assert [record["step"] for record in RunDirectory(run).read_metrics() if record["kind"] == "test"] == [4, 4, 8, 8]
     assert same_bits(run, trained(tmp_path / "whole", *SINUSOID, "outer.steps=8"))
+
+
+def test_a_run_of_an_earlier_version_is_resumed(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    """Its configuration lacks the settings that have come since, and may name workers' settings that are no more."""
+    run = trained(tmp_path / "run", *SINUSOID)
+    file = run / "config.yaml"
+    before = parse(file.read_text(), "config.yaml")
+    for section, name in (
+        ("algorithm", "outer_gradient"),
+        ("algorithm", "memory"),
+        ("outer", "momentum"),
+    ):
+        del before[section][name]
+    before["workers"]["no_more"] = 1
+    file.write_text(dump(before))
+    message = refused("train", *SINUSOID, "--run-dir", run, "--resume", "tasks.queries=5")
+    assert "cannot be resumed with other settings: tasks.queries (was 100, is now 5). Set" in message
+    assert raymeta_cli("train", *SINUSOID, "--run-dir", run, "--resume", "outer.steps=6").code == 0
+    # Where it does not load any more, what differs is told as it stands.
+    file.write_text(dump({**before, "algorithm": {**before["algorithm"], "no_more": 1}}))
+    message = refused("train", *SINUSOID, "--run-dir", run, "--resume", "outer.steps=6")
+    assert "algorithm.no_more (was 1, is now absent)" in message
 
 
 def test_a_finished_run_says_its_test_under_the_protocol_that_it_was_measured_with(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.rows import GENERATIVE, SINUSOID, SINUSOID_SHOTS, WITHOUT_GENERATED, recipe_of
-from raymeta.config import load_config
+from raymeta.config import as_of_now, load_config
 from raymeta.run_directory import RunDirectory
 
 # Which kernels a row was computed with; those that have no such mark, with torch's.
@@ -30,7 +29,7 @@ def recorded(name: str, record: Path, overrides: list[str]) -> dict[str, Any] | 
     recipe, own = recipe_of(name)
     found: dict[str, Any] = json.loads(known.read_text())
     whole = "without" in found or recipe not in GENERATIVE
-    return found if whole and found["state"] == _state(recipe, [*own, *overrides]) else None
+    return found if whole and as_of_now(found.get("config", {})) == _config(recipe, [*own, *overrides]) else None
 
 
 def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:
@@ -42,10 +41,10 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
     recipe, own = recipe_of(name)
     overrides = [*own, *overrides]
     place = folder / name
-    state = _state(recipe, overrides)
+    resolved = _config(recipe, overrides)
     clock = folder / f"{name}.seconds.json"
-    before = json.loads(clock.read_text()) if clock.is_file() else {"state": state, "seconds": 0.0}
-    if before["state"] != state and place.exists():
+    before = json.loads(clock.read_text()) if clock.is_file() else {"config": resolved, "seconds": 0.0}
+    if as_of_now(before.get("config", {})) != resolved and place.exists():
         raise SystemExit(f"{place} holds a run with other settings of {name}: move it away, or take another --output")
     started = time.perf_counter()
     command = ["train", recipe, *overrides]
@@ -58,7 +57,7 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
     test = _last_tests(place, records)
     config = load_config(recipe, overrides)
     found: dict[str, Any] = {
-        "state": state,
+        "config": resolved,
         "recipe": recipe,
         "command": "raymeta " + " ".join(command),
         "seconds": before["seconds"],
@@ -83,12 +82,12 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
     return found
 
 
-def _state(recipe: str, overrides: list[str]) -> str:
-    """A hash of the configuration: a row is known for it alone. The kernels, which only round otherwise, are put beside
-    it (`KERNELS`)."""
+def _config(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """The resolved configuration: a row is known for it alone, but for settings that have come since and have their
+    default. The kernels, which only round otherwise, are put beside it (`KERNELS`)."""
     resolved = load_config(recipe, overrides).resolved()
     resolved["algorithm"]["kernels"] = TORCH_KERNELS
-    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+    return resolved
 
 
 def _validations(records: list[dict[str, Any]]) -> dict[str, float]:

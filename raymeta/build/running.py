@@ -95,7 +95,7 @@ def settled_as(config: Config, before: Mapping[str, Any]) -> Config:
         InputError: the run had a compiler, and this machine has none.
     """
     if config.chunk_tasks is None:
-        config = dataclasses.replace(config, chunk_tasks=before["algorithm"]["chunk_tasks"])
+        config = dataclasses.replace(config, chunk_tasks=before["algorithm"].get("chunk_tasks"))
     kernels = before["algorithm"].get("kernels")
     if config.algorithm.arguments.get("kernels") not in ("auto", kernels) or kernels is None:
         return config

@@ -108,6 +108,15 @@ def load_plan(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) ->
     return plan
 
 
+def as_of_now(old: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A resolved search that another version of raymeta may have written, with the defaults of the settings that have
+    come since; as it stands where this version does not take it."""
+    try:
+        return load_plan(old).resolved()
+    except InputError:
+        return old
+
+
 def settings_overrides(settings: Mapping[str, Any]) -> list[str]:
     """Searched settings as overrides of a configuration."""
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]

@@ -31,7 +31,7 @@ from raymeta.tune import sections
 from raymeta.tune.outcome import Trial, best_yaml, ranked
 from raymeta.tune.picture import svg
 from raymeta.tune.placement import Bundle, require_placeable, trial_bundles
-from raymeta.tune.plan import Objective, Plan
+from raymeta.tune.plan import Objective, Plan, as_of_now
 from raymeta.tune.schedulers import make_scheduler
 from raymeta.tune.space import Distribution, Range
 from raymeta.tune.trial import RECORD, Hopeless, Origin, run_trial
@@ -105,7 +105,7 @@ def _prepare(storage: Storage, plan: Plan, resume: bool) -> None:
         )
     if SEARCH in there:
         before = yaml_text.parse(storage.read(SEARCH).decode(), f"{storage.shown}/{SEARCH}")
-        changed = _changed(before, resolved, "")
+        changed = _changed(as_of_now(before), resolved, "")
         if changed:
             raise InputError(
                 f"{storage.shown} cannot be resumed with another search: {'; '.join(changed)}. Set them back, or "

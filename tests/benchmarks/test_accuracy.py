@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy.rows import VARIANTS, recipe_of, rows
+from benchmarks.accuracy.run import recorded
 from benchmarks.accuracy.table import tables
 from raymeta.config import load_config
 
@@ -89,10 +90,28 @@ def test_unknown_rows_are_refused() -> None:
         rows(["nonsense"])
 
 
+def test_a_setting_that_has_come_since_leaves_a_record_as_it_is(tmp_path: Path) -> None:
+    """Its default is what the row was run with; another default, or another setting, is another configuration."""
+    name = "sinusoid-10s-maml"
+    found = json.loads((PROJECT / "benchmarks" / "accuracy" / "measured" / f"{name}.json").read_text())
+
+    def counts(changed: dict[str, Any], overrides: list[str]) -> bool:
+        config = {section: value for section, value in {**found["config"], **changed}.items() if value is not None}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**found, "config": config}))
+        return recorded(name, tmp_path, overrides) is not None
+
+    without = {key: value for key, value in found["config"]["outer"].items() if key != "momentum"}
+    assert counts({}, [])
+    assert counts({"outer": without, "initial_checkpoint": None}, [])
+    assert not counts({"outer": without}, ["outer.optimizer=sgd", "outer.momentum=0.9"])
+    assert not counts({"outer": {**without, "rate": 0.5}}, [])
+    assert not counts({"seed": 1}, [])
+
+
 def test_recorded_rows_are_of_the_recipes_as_they_are() -> None:
     """A figure in the table belongs to the recipe that ships: after a change it is measured again, or taken out."""
-    from benchmarks.accuracy.run import recorded
-
     folder = PROJECT / "benchmarks" / "accuracy" / "measured"
-    for file in folder.glob("*.json"):
+    files = list(folder.glob("*.json"))
+    assert files
+    for file in files:
         assert recorded(file.stem, folder, []) is not None, f"{file.name} is of another configuration"

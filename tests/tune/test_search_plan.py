@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from raymeta import yaml_text
 from raymeta.errors import InputError
+from raymeta.storage import Storage
 from raymeta.tune.plan import check, load_plan
 from raymeta.tune.sections import Asha, PopulationBased
 
@@ -135,6 +137,25 @@ def test_a_file_with_every_default_filled_in_is_the_same_search() -> None:
     plan = load_plan(blocks)
     assert load_plan(plan.resolved()).resolved() == plan.resolved()
     assert plan.scheduler == PopulationBased(perturbation_interval=20)
+
+
+def test_a_search_of_an_earlier_version_is_the_same_search(tmp_path: Path) -> None:
+    """Its `search.yaml` lacks the settings that have come since."""
+    from raymeta.tune.search import _prepare  # imports ray
+
+    plan, storage = load_plan(search()), Storage.of(tmp_path)
+    before = plan.resolved()
+    for path in (("run", "algorithm", "outer_gradient"), ("run", "outer", "momentum"), ("tune", "retries"), ("tune", "stop")):
+        *outer, last = path
+        holder = before
+        for key in outer:
+            holder = holder[key]
+        del holder[last]
+    storage.write("search.yaml", yaml_text.dump(before).encode())
+    _prepare(storage, plan, resume=True)
+    storage.write("search.yaml", yaml_text.dump(before).encode())
+    with pytest.raises(InputError, match=r"another search: tune\.retries \(was 2, is now 5\)\. Set"):
+        _prepare(storage, load_plan(search(tune={"retries": 5})), resume=True)
 
 
 def test_a_run_without_a_recipe_is_a_whole_configuration() -> None:
