@@ -38,6 +38,10 @@ PARTS: dict[str, tuple[Mapping[str, Callable[..., Any]], frozenset[str]]] = {
 }
 
 
+# The settings of `workers` that say what a machine or cluster has.
+OF_THE_MACHINE = ("count", "gpus_per_worker", "device", "address")
+
+
 class _Part(Section):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
     name: str
@@ -157,11 +161,13 @@ def load_config(
 
 def to_predict(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a run, for a machine that only predicts: it may lack the compiler that the run had, and what
-    other kernels change is rounding."""
+    other kernels change is rounding; and it need not have the run's cluster, GPUs or room, on which no result depends
+    beyond that."""
     algorithm = dict(resolved["algorithm"])
     if algorithm.get("kernels") == "native":
         algorithm["kernels"] = "auto"
-    return {**resolved, "algorithm": algorithm}
+    workers = {name: value for name, value in (resolved.get("workers") or {}).items() if name not in OF_THE_MACHINE}
+    return {**resolved, "algorithm": algorithm, "workers": workers}
 
 
 def recipe_names() -> list[str]:

@@ -28,10 +28,11 @@ from raymeta import adapted, build, cli
 from raymeta.algorithms import FAMILIES
 from raymeta.cli import training
 from raymeta.cli.signals import answered_signals
-from raymeta.config import recipe_names
+from raymeta.config import load_config, recipe_names, to_predict
 from raymeta.data.omniglot import open_omniglot
 from raymeta.ops.native import library
 from raymeta.run_directory import RunDirectory
+from raymeta.sections import Workers
 from raymeta.yaml_text import dump, parse
 
 TINY = [
@@ -591,6 +592,28 @@ def test_evaluate_of_a_table_that_has_grown_is_refused(
         assert message.startswith("the data have changed: the run was trained on tasks of fingerprint ")
         assert "may hold tasks that it was trained on" in message
     assert "may have been trained on" in evaluated(f"tasks.path={tmp_path / 'rows.parquet'}").out
+
+
+def test_evaluate_needs_no_machine_like_that_of_the_training(
+    tmp_path: Path, sinusoid_run: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str]
+) -> None:
+    """A run of sixteen GPUs of a cluster, on a laptop."""
+    run = shutil.copytree(sinusoid_run, tmp_path / "run")
+    config = parse((run / "config.yaml").read_text(), "config.yaml")
+    cluster = {"backend": "ray", "count": 16, "gpus_per_worker": 1, "device": "cuda", "address": "ray://there:10001"}
+    (run / "config.yaml").write_text(dump({**config, "workers": {**config["workers"], **cluster}}))
+    arguments = ["--episodes", "4", "--json"]
+    expected = json.loads(raymeta_cli("evaluate", sinusoid_run, *arguments).out)
+    said = raymeta_cli("evaluate", run, *arguments, "workers.backend=local")
+    assert said.code == 0, said.err
+    assert {**json.loads(said.out), "run_dir": None} == {**expected, "run_dir": None}
+    plain = load_config(to_predict(RunDirectory(run).read_config()))
+    assert plain.workers == Workers(backend="ray")
+    assert raymeta.load(run).resolved["workers"].keys().isdisjoint({"count", "device"})
+    # What the command line says, counts.
+    assert "workers.count=2 with workers.backend='local'" in refused(
+        "evaluate", run, "workers.backend=local", "workers.count=2"
+    )
 
 
 def test_what_evaluate_refuses(omniglot_run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

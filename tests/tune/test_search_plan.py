@@ -145,7 +145,12 @@ def test_a_search_of_an_earlier_version_is_the_same_search(tmp_path: Path) -> No
 
     plan, storage = load_plan(search()), Storage.of(tmp_path)
     before = plan.resolved()
-    for path in (("run", "algorithm", "outer_gradient"), ("run", "outer", "momentum"), ("tune", "retries"), ("tune", "stop")):
+    for path in (
+        ("run", "algorithm", "outer_gradient"),
+        ("run", "outer", "momentum"),
+        ("tune", "retries"),
+        ("tune", "stop"),
+    ):
         *outer, last = path
         holder = before
         for key in outer:
