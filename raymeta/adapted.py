@@ -37,6 +37,7 @@ from raymeta.run_directory import RunDirectory
 ROWS_AT_ONCE = 1024
 FORMAT = 1
 
+# Or whatever has `__array__`, such as a data frame of pandas, its columns in the order of training.
 Rows = np.ndarray | Tensor | Sequence[Any]
 
 
@@ -168,7 +169,7 @@ class TrainedLearner:
         return torch.from_numpy(np.ascontiguousarray(array)).to(next(iter(self.params.values())))
 
     def _classes(self, rows: Rows, count: int) -> tuple[tuple[Any, ...], Tensor]:
-        given = rows.tolist() if isinstance(rows, np.ndarray | Tensor) else list(rows)
+        given = _array(rows, "support_y").tolist() if hasattr(rows, "__array__") else list(rows)
         given = [label.item() if isinstance(label, np.generic | Tensor) else label for label in given]
         if len(given) != count:
             raise InputError(f"support_y has {len(given)} labels for {count} rows of support_x")
@@ -386,6 +387,8 @@ def _array(rows: Rows, name: str) -> np.ndarray:
         rows = rows.detach().cpu()
         return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
     try:
+        if hasattr(rows, "__array__"):  # a data frame, say, whose iteration gives the names of its columns
+            return np.asarray(rows)
         return np.asarray([row.detach().cpu() if isinstance(row, Tensor) else row for row in rows])
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} cannot be made an array: {error}; expected rows of one shape") from error

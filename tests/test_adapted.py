@@ -307,6 +307,33 @@ def test_regression_takes_targets_as_a_column_or_a_row(learners: dict[str, Train
         fitted.predict_proba(query)
 
 
+def test_data_frames_are_taken_as_their_values() -> None:
+    pandas = pytest.importorskip("pandas")
+
+    def made(tasks: str, algorithm: str) -> TrainedLearner:
+        raw = {"tasks": {"name": tasks}, "model": {"name": "mlp", "hidden": [8]}, "algorithm": {"name": algorithm}}
+        config = load_config(raw)
+        description = build.describe_source(build.make_source(config))
+        model, learner = build.make_model_and_learner(config, description)
+        return TrainedLearner.make(config.resolved(), learner.init(model, 0), description, 0)
+
+    random = np.random.default_rng(0)
+    regression, classes = made("linear_regression", "maml"), made("logistic", "maml")
+    x = random.normal(size=(6, *regression.input_shape))
+    y = random.normal(size=(6, regression.description["outputs"]))
+    frame = pandas.DataFrame(x, columns=[f"feature {number}" for number in range(x.shape[1])])
+    expected = regression.adapt(x, y).predict(x)
+    for targets in (pandas.DataFrame(y, columns=["y"]), pandas.Series(y[:, 0], index=range(9, 3, -1))):
+        np.testing.assert_array_equal(regression.adapt(frame, targets).predict(frame), expected)
+    x = random.normal(size=(6, *classes.input_shape))
+    frame, kinds = pandas.DataFrame(x), ["yes", "no"] * 3
+    fitted = classes.adapt(frame, pandas.Series(kinds, dtype="category"))
+    assert fitted.labels == ("no", "yes")
+    np.testing.assert_array_equal(fitted.predict_proba(frame), classes.adapt(x, kinds).predict_proba(x))
+    with pytest.raises(InputError, match="support_x is of type object; expected numbers"):
+        classes.adapt(frame.assign(**{frame.columns[0].__str__(): "text"}).iloc[:, -x.shape[1] :], kinds)
+
+
 def test_a_table_that_was_standardised_for_training_is_taken_in_its_own_units(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x, task = random.normal(1000, 50, (120, 2)), np.repeat(np.arange(20), 6)
