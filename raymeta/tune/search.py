@@ -217,7 +217,10 @@ def _searcher(plan: Plan, objective: Objective) -> Any:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
-        raise InputError(f"tune.searcher=optuna needs Optuna ({error}): pip install raymeta[tune]") from error
+        raise InputError(
+            f"tune.searcher=optuna needs Optuna ({error}): pip install -c constraints.txt '.[tune]', from the "
+            "repository's root"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=plan.run.seed, n_startup_trials=plan.searcher.startup_trials)
     return OptunaSearch(metric=objective.metric, mode=objective.mode, sampler=sampler)

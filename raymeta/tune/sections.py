@@ -73,7 +73,7 @@ class Grid(Section):
 
 
 class Optuna(Section):
-    """Optuna's tree-structured Parzen estimator; needs `pip install raymeta[tune]`.
+    """Optuna's tree-structured Parzen estimator; needs `pip install -c constraints.txt '.[tune]'`.
 
     Attributes:
         startup_trials: drawn at random before the estimator is trusted.

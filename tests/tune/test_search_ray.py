@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def sinusoids(space: dict[str, Any], steps: int = 4, **tune: Any) -> Plan:
 )
 def test_every_search_that_ships_runs_small(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "optuna" in path.read_text():
-        pytest.importorskip("optuna", reason="pip install raymeta[tune]")
+        pytest.importorskip("optuna", reason="pip install -c constraints.txt '.[tune]'")
     directory = tmp_path / "search"
 
     assert cli.run(["tune", str(path), *SMALL, *CHANGES[path.stem], "--run-dir", str(directory)]) == 0
@@ -257,7 +258,9 @@ def test_a_trial_that_no_node_can_hold_is_refused(tmp_path: Path) -> None:
 def test_a_searcher_that_is_not_installed_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)  # what Python takes for a missing module
     plan = sinusoids({"outer.rate": {"uniform": [1e-3, 1e-2]}}, searcher="optuna")
-    with pytest.raises(InputError, match=r"pip install raymeta\[tune\]"):
+    command = "pip install -c constraints.txt '.[tune]'"
+    assert command in (Path(__file__).parents[2] / "README.md").read_text()
+    with pytest.raises(InputError, match=re.escape(command)):
         run_search(plan, check(plan), str(tmp_path / "search"))
 
 
