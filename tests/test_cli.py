@@ -30,6 +30,7 @@ from raymeta.cli import training
 from raymeta.cli.signals import answered_signals
 from raymeta.config import load_config, recipe_names, to_predict
 from raymeta.data.omniglot import open_omniglot
+from raymeta.errors import InputError
 from raymeta.ops.native import library
 from raymeta.run_directory import RunDirectory
 from raymeta.sections import Workers
@@ -692,6 +693,66 @@ def test_adapt_to_folders_of_images(omniglot_run: Path, tmp_path: Path, raymeta_
     table = pa.parquet.read_table(tmp_path / "one.parquet")
     np.testing.assert_allclose([table[f"probability_{name}"][0].as_py() for name in names], expected, rtol=1e-5)
     assert "agree" not in said.out
+
+
+OWN_PHOTOS = """
+from dataclasses import dataclass
+import torch
+from raymeta.episodes import Episodes
+
+@dataclass(frozen=True)
+class Photos:
+    shots: int = 1
+    queries: int = 2
+    bright: float = 1.0
+    loss, metric, outputs, input_shape, classes = "cross_entropy", "accuracy", 3, (1, 28, 28), None
+    images = inverted = True
+
+    def tasks(self, split, indices):
+        def drawn(rows):
+            y = torch.arange(3).repeat_interleave(rows).expand(len(indices), -1)
+            return torch.rand(len(indices), 3 * rows, 1, 28, 28) * self.bright, y
+        torch.manual_seed(0)
+        return Episodes(*drawn(self.shots), *drawn(self.queries), torch.tensor(list(indices)))
+
+    def fingerprint(self):
+        return repr(self)
+
+class Features(Photos):
+    images = inverted = False
+
+class Wrong(Photos):
+    images = "photos/"
+"""
+
+
+def test_a_task_source_of_the_users_own_may_be_of_images(
+    tmp_path: Path, raymeta_cli: Callable[..., Said], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_photos.py").write_text(OWN_PHOTOS)
+
+    def settings(name: str) -> list[str]:
+        return ["omniglot-5w1s-maml", *TINY, "model.filters=4", f"tasks={{name: 'own_photos:{name}'}}"]
+
+    run = trained(tmp_path / "run", *settings("Photos"))
+    x = np.concatenate([drawings(number, range(5)) for number in CLASSES])
+    learner = raymeta.load(run)
+    assert float(learner.inputs(x, "x").max()) == 1.0
+    with pytest.raises(InputError, match="expected images as uint8, or floating in"):
+        learner.inputs(x.astype(np.float32), "x")
+    support = png_folders(tmp_path / "support", CLASSES, range(5))
+    arguments = ["--support", support, "--query", support, "--output", tmp_path / "p.csv"]
+    said = raymeta_cli("adapt", run, *arguments)
+    assert said.code == 0, said.err
+    found = pa.csv.read_csv(tmp_path / "p.csv")
+    fitted = learner.adapt(x, [f"character {number}" for number in CLASSES for _ in range(5)])
+    assert found["prediction"].to_pylist() == fitted.predict(x).tolist()  # dark ink of the files is bright again
+    features = trained(tmp_path / "features", *settings("Features"))
+    assert float(raymeta.load(features).inputs(x, "x").max()) == 255.0  # as they are
+
+    assert "has images='photos/'; expected a bool" in refused("train", *settings("Wrong"))
+    assert "images=True says that they are in [0, 1]" in refused("train", *settings("Photos"), "tasks.bright=255")
 
 
 def test_what_adapt_refuses(omniglot_run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

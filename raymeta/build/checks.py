@@ -170,6 +170,12 @@ def _check_tasks(config: Config, source: TaskSource, splits: Sequence[str]) -> N
         for name, values in vars(batch).items():
             if values is not None and values.is_floating_point() and not bool(torch.isfinite(values).all()):
                 raise InputError(f"{where} has a value in {name} that is not finite; remove such rows from the data")
+        least, most = float(batch.support_x.min()), float(batch.support_x.max())
+        if getattr(source, "images", False) and not 0 <= least <= most <= 1:
+            raise InputError(
+                f"{where} has values from {least:g} to {most:g}, but its images=True says that they are in [0, 1]; "
+                "divide by 255"
+            )
         if source.loss == "cross_entropy":
             labels = torch.cat([batch.support_y.flatten(), batch.query_y.flatten()])
             if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= source.outputs:

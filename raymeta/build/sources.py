@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,8 @@ from raymeta.build.errors import told
 from raymeta.config import Config
 from raymeta.errors import InputError
 from raymeta.metrics import require_known
-from raymeta.tasks.class_episodes import ClassEpisodes
 from raymeta.tasks.fitted import FittedTasks
-from raymeta.tasks.regression_table import RegressionTable
-from raymeta.tasks.source import TaskSource
+from raymeta.tasks.source import Standardisation, TaskSource
 
 
 def make_source(config: Config) -> TaskSource:
@@ -54,6 +53,15 @@ def _made_source(config: Config, changes: Mapping[str, int]) -> TaskSource:
             "task source (raymeta.tasks.source.TaskSource)"
         )
     require_known(source.loss, source.metric, "tasks")
+    for name in ("images", "inverted"):
+        if not isinstance(getattr(source, name, False), bool):
+            raise InputError(f"tasks.name={config.tasks.name} has {name}={getattr(source, name)!r}; expected a bool")
+    done = getattr(source, "standardisation", None)
+    if not (done is None or isinstance(done, Standardisation)):
+        raise InputError(
+            f"tasks.name={config.tasks.name} has a {type(done).__name__} as standardisation; expected a "
+            "raymeta.tasks.source.Standardisation, or None"
+        )
     return source
 
 
@@ -66,23 +74,22 @@ def with_changes(error: InputError, changes: Mapping[str, int]) -> InputError:
 def describe_source(source: TaskSource) -> dict[str, Any]:
     """What a result must know of the tasks that it was trained on, as JSON: it is used without their data."""
     source = source.source if isinstance(source, FittedTasks) else source
-    data = source.data if isinstance(source, ClassEpisodes) else None
+    standardisation = getattr(source, "standardisation", None)
     return {
         "input_shape": list(source.input_shape),
         "outputs": source.outputs,
         "loss": source.loss,
         "metric": source.metric,
         "training_classes": source.classes,
-        "images": data is not None and data.dtype == np.uint8,
-        "inverted": data is not None and data.info.inverted,
-        "features": list(data.info.features if data is not None else getattr(source, "feature_names", ())),
+        "images": getattr(source, "images", False),
+        "inverted": getattr(source, "inverted", False),
+        "features": list(getattr(source, "feature_names", ())),
         "targets": list(getattr(source, "targets", ())),
-        "standardisation": _standardisation(source),
+        # What a new task's rows need too; None: nothing.
+        "standardisation": None if standardisation is None else _lists(standardisation),
     }
 
 
-def _standardisation(source: TaskSource) -> dict[str, Any] | None:
-    """What the task source did to features and targets, which a new task's rows need too; None: nothing."""
-    if not isinstance(source, RegressionTable) or source.standardise == "none":
-        return None
-    return {name: value.tolist() for name, value in vars(source.standardisation).items()}
+def _lists(standardisation: Standardisation) -> dict[str, Any]:
+    names = (field.name for field in dataclasses.fields(Standardisation))
+    return {name: np.asarray(getattr(standardisation, name)).tolist() for name in names}

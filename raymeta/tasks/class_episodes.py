@@ -95,6 +95,21 @@ class ClassEpisodes:
         return len(self._splits["train"]) * self._turns
 
     @property
+    def images(self) -> bool:
+        """Whether the store's rows are images, which are floating in [0, 1] here."""
+        return self.data.dtype == np.uint8
+
+    @property
+    def inverted(self) -> bool:
+        """Whether ink is bright in them."""
+        return self.data.info.inverted
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The feature columns, in the order of x; none of images."""
+        return tuple(self.data.info.features)
+
+    @property
     def _turns(self) -> int:
         return 4 if self.rotations == "classes" else 1
 

@@ -22,19 +22,9 @@ from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.seeding import generator
 from raymeta.tasks.drawing import checked_indices, fingerprint_of, require_at_least, require_one_of, task_numbers
-from raymeta.tasks.source import SPLITS
+from raymeta.tasks.source import SPLITS, Standardisation
 
 STANDARDISE = ("none", "features", "features_and_targets")
-
-
-@dataclass(frozen=True)
-class Standardisation:
-    """value -> (value - mean) / scale, by the rows of the training tasks: x over [F...], y over [D], float32."""
-
-    x_mean: np.ndarray
-    x_scale: np.ndarray
-    y_mean: np.ndarray
-    y_scale: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -115,9 +105,9 @@ class RegressionTable:
         return self._data.x.shape[1:]
 
     @property
-    def standardisation(self) -> Standardisation:
-        """What was done to features and targets; means 0 and scales 1 where nothing was."""
-        return self._data.standardisation
+    def standardisation(self) -> Standardisation | None:
+        """What was done to features and targets (means 0 and scales 1 where to one of them alone); None: nothing."""
+        return None if self.standardise == "none" else self._data.standardisation
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -120,6 +120,7 @@ def test_standardisation_is_by_the_training_tasks(source: RegressionTable) -> No
     for wanted, targets_too in (("features", False), ("features_and_targets", True)):
         made = dataclasses.replace(source, standardise=wanted)
         drawn, by = made.tasks("test", range(20)), made.standardisation
+        assert by is not None
         columns = table().filter(pa.compute.equal(table()["part"], "train"))
         for position, name in enumerate(("a", "b")):
             assert np.isclose(by.x_mean[position], columns[name].to_numpy().mean(), atol=1e-4)
