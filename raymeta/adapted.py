@@ -388,7 +388,7 @@ def _array(rows: Rows, name: str) -> np.ndarray:
         return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
     try:
         if hasattr(rows, "__array__"):  # a data frame, say, whose iteration gives the names of its columns
-            return np.asarray(rows)
+            return np.array(rows)  # a copy: newer versions of pandas give memory that may not be written to
         return np.asarray([row.detach().cpu() if isinstance(row, Tensor) else row for row in rows])
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} cannot be made an array: {error}; expected rows of one shape") from error

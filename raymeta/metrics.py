@@ -110,21 +110,22 @@ _RISING = ("accuracy", "binary_accuracy")
 _OF_CLASSES = ("cross_entropy", "logistic")
 
 
-def require_known(loss: str, metric: str, section: str) -> None:
-    """Raises InputError for a loss or metric that there is not, or whose function lacks what it must say."""
+def require_known(loss: str, metric: str, where: str) -> None:
+    """Raises InputError for a loss or metric that there is not, or whose function lacks what it must say; its message
+    begins with `where`."""
     for setting, name, known in (("loss", loss, LOSSES), ("metric", metric, METRICS)):
         if name in known:
             continue
         if ":" not in name:
             raise InputError(
-                f"{section}.{setting}={name!r}: unknown; {nearest(name, known)} Or package.module:function of your own."
+                f"{where}{setting}={name!r}: unknown; {nearest(name, known)} Or package.module:function of your own."
             )
-        function = own_object(f"{section}.{setting}", name)
+        function = own_object(f"{where}{setting}", name)
         if not callable(function):
-            raise InputError(f"{section}.{setting}={name!r} is a {type(function).__name__}; expected a function.")
+            raise InputError(f"{where}{setting}={name!r} is a {type(function).__name__}; expected a function.")
         if known is METRICS and not isinstance(getattr(function, "higher_is_better", None), bool):
             raise InputError(
-                f"{section}.metric={name!r} does not say which way is better; set {function.__name__}.higher_is_better "
+                f"{where}metric={name!r} does not say which way is better; set {function.__name__}.higher_is_better "
                 "= True or False beside the function."
             )
 

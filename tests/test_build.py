@@ -175,7 +175,7 @@ def test_a_task_source_of_the_users_own(own: Callable[[str], str]) -> None:
             "Classes",
             "has labels of torch.int64 from 0 to 2; expected whole numbers from 0 to 0 (outputs=1)",
         ),
-        ("Loss", "has loss='mean_square_error'; did you mean 'mean_squared_error'?"),
+        ("Loss", "has loss='mean_square_error': unknown; did you mean 'mean_squared_error'?"),
         ("Failing", "cannot be made: OSError: no such archive ("),
         ("nothing", "made a int without loss, metric, outputs, input_shape, classes, tasks, fingerprint"),
     ],

@@ -280,7 +280,7 @@ def test_a_run_of_an_earlier_version_is_resumed(
     before["workers"]["no_more"] = 1
     file.write_text(dump(before))
     message = refused("train", *SINUSOID, "--run-dir", run, "--resume", "tasks.queries=5")
-    assert "cannot be resumed with other settings: tasks.queries (was 100, is now 5). Set" in message
+    assert "cannot be resumed with other settings: tasks.queries (was 10, is now 5). Set" in message
     assert raymeta_cli("train", *SINUSOID, "--run-dir", run, "--resume", "outer.steps=6").code == 0
     # Where it does not load any more, what differs is told as it stands.
     file.write_text(dump({**before, "algorithm": {**before["algorithm"], "no_more": 1}}))

@@ -228,6 +228,7 @@ tune:
 """
 
 
+@pytest.mark.long
 def test_a_search_runs_as_a_job(cluster: Cluster, project: Path, tmp_path):
     """The trials read the data by the path that is relative to the job's copy."""
     (project / "search.yaml").write_text(SEARCH)

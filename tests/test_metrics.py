@@ -114,7 +114,7 @@ def test_functions_of_ones_own() -> None:
         ("huber", "own_losses:smoothed", r"does not say which way is better; set smoothed\.higher_is_better"),
     ):
         with pytest.raises(InputError, match=message):
-            require_known(loss, metric, "tasks")
+            require_known(loss, metric, "tasks.")
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

@@ -143,7 +143,7 @@ class Learner(ABC):
     def __post_init__(self) -> None:
         for field, allowed in _choices(type(self)).items():
             self.require(getattr(self, field) in allowed, field, "one of " + ", ".join(map(repr, allowed)))
-        require_known(self.loss, self.metric, "algorithm")
+        require_known(self.loss, self.metric, "algorithm.")
 
     def init(self, model: nn.Module, seed: int) -> Params:
         """The outer parameters before the first step: the module's weights as they are, under `model.`, and what the

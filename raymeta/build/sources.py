@@ -52,7 +52,7 @@ def _made_source(config: Config, changes: Mapping[str, int]) -> TaskSource:
             f"tasks.name={config.tasks.name} made a {type(source).__name__} without {', '.join(missing)}; expected a "
             "task source (raymeta.tasks.source.TaskSource)"
         )
-    require_known(source.loss, source.metric, "tasks")
+    require_known(source.loss, source.metric, f"tasks.name={config.tasks.name} has ")
     for name in ("images", "inverted"):
         if not isinstance(getattr(source, name, False), bool):
             raise InputError(f"tasks.name={config.tasks.name} has {name}={getattr(source, name)!r}; expected a bool")
