@@ -22,10 +22,8 @@ from raymeta import yaml_text
 from raymeta.algorithms import FAMILIES, FILLED_BY_BUILD, LEARNERS
 from raymeta.errors import InputError, nearest, shown
 from raymeta.models import MODELS
-from raymeta.outer_optimizer import SCHEDULES_TO_THE_END, OuterSettings
 from raymeta.parts import arguments_of, dotted, find_part, resolve_arguments, sentences
-from raymeta.section import Section
-from raymeta.sections import Evaluation, Workers
+from raymeta.sections import SCHEDULES_TO_THE_END, Evaluation, OuterSettings, Section, Workers
 from raymeta.tasks import TASK_SOURCES
 
 DEFAULT_RECIPE = "omniglot-5w1s-maml"

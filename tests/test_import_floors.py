@@ -13,13 +13,13 @@ PACKAGE = Path(raymeta.__file__).parent
 
 # From the ground up. A name is a file of the package, or a folder of it. A name that is not there yet is no error.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "section", "params", "seeding", "episodes", "metrics", "meta_gradient", "own_code"}),
+    frozenset({"errors", "params", "seeding", "episodes", "metrics", "meta_gradient", "own_code"}),
     frozenset({"data", "models", "ops"}),
     frozenset({"tasks", "algorithms"}),
     frozenset({"workers"}),
     frozenset({"storage", "yaml_text", "checkpoint", "event_file", "run_directory"})
-    | frozenset({"evaluation", "outer_optimizer", "muon", "precision", "trainer", "fits"}),
-    frozenset({"parts", "sections", "config", "chunks"}),
+    | frozenset({"sections", "evaluation", "outer_optimizer", "muon", "precision", "trainer", "fits"}),
+    frozenset({"parts", "config", "chunks"}),
     frozenset({"build"}),
     # The faces; the command line calls the others.
     frozenset({"adapted", "progress", "profiling", "profile_text"}),

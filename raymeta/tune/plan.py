@@ -22,7 +22,7 @@ from raymeta.errors import InputError, nearest, shown
 from raymeta.metrics import higher_is_better
 from raymeta.params import ParameterLayout
 from raymeta.parts import dotted, sentences
-from raymeta.section import Section
+from raymeta.sections import Section
 from raymeta.tune.sections import SCHEDULERS, SEARCHERS, Asha, Grid, Optuna, PopulationBased, Random, Stop, Tune
 from raymeta.tune.space import Distribution, Values, corners, distribution
 

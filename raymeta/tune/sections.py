@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from raymeta.section import Section
+from raymeta.sections import Section
 
 
 class NoScheduler(Section):
