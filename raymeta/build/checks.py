@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Sequence
 from typing import get_args
 
@@ -26,7 +24,7 @@ from raymeta.fits import read_about
 from raymeta.params import Params, model_params
 from raymeta.tasks.fitted import FittedTasks
 from raymeta.tasks.source import SPLITS, TaskSource
-from raymeta.workers.worker import WorkerParts
+from raymeta.workers.worker import WorkerParts, lacking_to_compile
 
 
 def check(config: Config) -> WorkerParts:
@@ -102,10 +100,11 @@ def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner
     """
     like = next(iter(params.values()))
     batch = source.tasks(SPLITS[0], [0]).to(like.device, like.dtype)
-    if learner.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+    lacks = lacking_to_compile(like.device) if learner.compile else ""
+    if lacks:
         raise InputError(
-            "algorithm.compile=True, but there is no C++ compiler (g++, or what CXX names) on this machine; install "
-            "one, or set algorithm.compile=False"
+            f"algorithm.compile=True, but there is no {lacks} on this machine; install one, or set "
+            "algorithm.compile=False"
         )
     try:
         # Compiled by the workers, for the shape of their chunks: a single task would be compiled for nothing.

@@ -169,7 +169,7 @@ class Worker:
             fingerprints=(fingerprint, evaluation_fingerprint),
             torch_version=torch.__version__,
             numerics=_numerics_name(self._device),
-            lacks=_lacking(self._device) if getattr(parts.learner, "compile", False) else "",
+            lacks=lacking_to_compile(self._device) if getattr(parts.learner, "compile", False) else "",
             device=self._device.type,
             parameters=self._layout.size,
             layout=self._layout.fingerprint(),
@@ -365,7 +365,7 @@ def _no_kernels(model: nn.Module) -> str:
     return ""
 
 
-def _lacking(device: torch.device) -> str:
+def lacking_to_compile(device: torch.device) -> str:
     """What `torch.compile` needs on this device and does not find; "": nothing."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "C++ compiler (g++, or what CXX names)"
