@@ -77,7 +77,10 @@ class Episodes:
             wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
             return value.to(device=device, dtype=wanted, non_blocking=True)
 
-        return Episodes(**{field.name: move(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: move(value) for name, value in values.items()}
+        # On a CPU mostly nothing is to do, and the shapes need not be looked at again.
+        return self if all(moved[name] is value for name, value in values.items()) else Episodes(**moved)  # type: ignore[arg-type]
 
     def filled(self) -> Episodes:
         """The same tasks, with rows that do not count filled in by `filled`; self where all rows count."""

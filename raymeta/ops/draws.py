@@ -38,11 +38,11 @@ def keys_by_purpose(
     seed: int, purposes: Sequence[Key], step: int, tasks: Tensor, device: torch.device | str = "cpu"
 ) -> Sequence[Tensor]:
     """`task_keys` for each of these purposes."""
-    # A few numbers, at every chunk: NumPy's calls take a tenth of torch's.
+    # A few numbers, at every chunk: NumPy's calls take a tenth of torch's, and one serves all purposes.
     numbers: Any = tasks.numpy() if tasks.device.type == "cpu" else tasks
-    mixed = mix(numbers + 1)
     starts = [int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True) for purpose in purposes]
-    return [torch.as_tensor(mix(mixed + start), device=device) for start in starts]
+    by_purpose = np.array(starts)[:, None] if tasks.device.type == "cpu" else tasks.new_tensor(starts)[:, None]
+    return torch.as_tensor(mix(mix(numbers + 1) + by_purpose), device=device).unbind(0)
 
 
 def _shift_right(value: Numbers, bits: int) -> Numbers:

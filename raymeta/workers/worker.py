@@ -160,6 +160,7 @@ class Worker:
             self._parts = replace(parts, model=placed(parts.model, self._device))
             self._layout = ParameterLayout.of(parts.learner.init(self._parts.model, 0))
             self._flat = torch.empty(self._layout.size, dtype=self._layout.dtype, device=self._device)
+            self._params = self._layout.unflatten(self._flat)
             fingerprint = parts.source.fingerprint()
             same = parts.evaluation_source is parts.source
             evaluation_fingerprint = fingerprint if same else parts.evaluation_source.fingerprint()
@@ -259,7 +260,7 @@ class Worker:
         if version is None or version != self._version:
             self._flat.copy_(flat.detach())
             self._version = version
-        return self._layout.unflatten(self._flat)
+        return dict(self._params)
 
     def _numerics(self) -> contextlib.AbstractContextManager[None]:
         return numerics(self._settings, self._device)
