@@ -8,6 +8,7 @@ what was written before it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,15 +50,17 @@ class Storage:
         if "://" not in text:
             path = os.path.abspath(os.path.expanduser(text))
             return cls(fs.LocalFileSystem(), path, text)
+        # Neither options nor what may be a password.
+        shown = re.sub(r"://[^/]*@", "://", text.split("?")[0]).rstrip("/")
         try:
             filesystem, path = fs.FileSystem.from_uri(text)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{text!r} cannot be opened ({reason}); expected a local path or a URI that pyarrow.fs opens, "
+                f"{shown!r} cannot be opened ({reason}); expected a local path or a URI that pyarrow.fs opens, "
                 "such as s3://bucket/runs/1"
             ) from error
-        return cls(filesystem, path.rstrip("/"), text.split("?")[0].rstrip("/"))
+        return cls(filesystem, path.rstrip("/"), shown)
 
     @property
     def is_local(self) -> bool:

@@ -576,3 +576,55 @@ def test_a_model_is_saved_whole_or_not_at_all(learners: dict[str, TrainedLearner
     with pytest.raises(InputError, match=r"folder cannot be written"):
         fitted.save(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# Many tasks at once, and on a GPU
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tasks_at_once_are_each_as_alone(learners: dict[str, TrainedLearner], kind: str) -> None:
+    """Tasks of two sizes, more than are computed at once, in the order in which they came."""
+    learner = learners[kind]
+    x, labels, queries = task_of(learner)
+    short = len(x) // 2
+    order = [np.arange(len(x)), np.arange(short), np.arange(len(x))[::-1], np.arange(len(x)), np.arange(short)]
+    tasks = [(x[rows] * (1 - 0.1 * number), [labels[row] for row in rows]) for number, rows in enumerate(order)]
+    together = learner.adapt_many(tasks, at_once=2)
+    assert len(together) == len(tasks)
+    for found, (support_x, support_y) in zip(together, tasks, strict=True):
+        alone = learner.adapt(support_x, support_y)
+        assert found.labels == alone.labels
+        outputs, expected = found.outputs(queries), alone.outputs(queries)
+        assert np.allclose(outputs, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        assert all(len(value) == 1 for value in found.adapted.fast.values())
+
+
+def test_a_task_of_many_that_cannot_be_used_is_named(learners: dict[str, TrainedLearner]) -> None:
+    x, labels, _ = task_of(learners["maml"])
+    with pytest.raises(InputError, match=r"^task 1: support_y has 5 labels for 6 rows"):
+        learners["maml"].adapt_many([(x, labels), (x, labels[:-1])])
+    assert learners["maml"].adapt_many([]) == []
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", KINDS["logistic"])
+    missing = "cuda:7" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(InputError, match=rf"^device='{missing}': .*; expected cpu, or cuda"):
+        raymeta.load(tmp_path / "run", device=missing)
+    with pytest.raises(InputError, match=r"^device='gpu': "):
+        raymeta.load(tmp_path / "run", device="gpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("kind", ["maml", "prototypical", "regression"])
+def test_a_gpu_predicts_what_a_cpu_does(tmp_path: Path, kind: str) -> None:
+    run_of(tmp_path / "run", KINDS[kind])
+    here, there = raymeta.load(tmp_path / "run"), raymeta.load(tmp_path / "run", device="cuda")
+    x, labels, queries = task_of(here)
+    expected, found = here.adapt(x, labels), there.adapt(x, labels)
+    assert np.allclose(found.outputs(queries), expected.outputs(queries), rtol=1e-3, atol=1e-3)
+    found.save(tmp_path / "fitted")
+    again = FittedModel.load(tmp_path / "fitted")
+    assert np.allclose(again.outputs(queries), expected.outputs(queries), rtol=1e-3, atol=1e-3)
+    (many,) = there.adapt_many([(x, labels)])
+    assert np.allclose(many.outputs(queries), expected.outputs(queries), rtol=1e-3, atol=1e-3)

@@ -13,11 +13,12 @@ PACKAGE = Path(raymeta.__file__).parent
 
 # From the ground up. A name is a file of the package, or a folder of it. A name that is not there yet is no error.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "params", "seeding", "episodes", "metrics", "meta_gradient", "own_code"}),
+    frozenset({"errors", "params", "seeding", "episodes", "metrics", "meta_gradient", "own_code"})
+    | frozenset({"cache", "storage"}),
     frozenset({"data", "models", "ops"}),
     frozenset({"tasks", "algorithms"}),
     frozenset({"workers"}),
-    frozenset({"storage", "yaml_text", "checkpoint", "event_file", "run_directory"})
+    frozenset({"yaml_text", "checkpoint", "event_file", "run_directory"})
     | frozenset({"sections", "evaluation", "outer_optimizer", "muon", "precision", "trainer", "fits"}),
     frozenset({"parts", "config", "chunks"}),
     frozenset({"build"}),

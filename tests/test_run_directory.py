@@ -199,6 +199,13 @@ def test_places_that_cannot_be_opened_are_refused(place: str, message: str) -> N
         RunDirectory(place)
 
 
+def test_messages_show_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    run = RunDirectory("s3://key:secret@bucket/runs/1?region=us-east-1")
+    assert str(run) == "s3://bucket/runs/1"
+    assert run.storage.path == "bucket/runs/1"
+
+
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match=r"run directory .*file/run cannot be written.*another --run-dir"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -52,6 +53,22 @@ class Adapted:
     fast: Params
     shared: Params
     statistics: LayerStatistics
+
+    def task(self, place: int) -> Adapted:
+        """What it leaves for the task at `place` alone, T = 1."""
+        # Copies of the task's own: a view would keep the other tasks' memory.
+        return self._changed(lambda value: value[place : place + 1].clone(), lambda value: value)
+
+    def to(self, device: torch.device | str) -> Adapted:
+        """The same on `device`."""
+        return self._changed(lambda value: value.to(device), lambda value: value.to(device))
+
+    def _changed(self, own: Callable[[Tensor], Tensor], common: Callable[[Tensor], Tensor]) -> Adapted:
+        return Adapted(
+            {name: own(value) for name, value in self.fast.items()},
+            {name: common(value) for name, value in self.shared.items()},
+            {name: [(own(mean), own(var)) for mean, var in calls] for name, calls in self.statistics.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def for_workers(config: Config) -> dict[str, Any]:
     if config.tasks.name in TASK_SOURCES and not in_ray_job():
         for name in FILES_OF_TASKS & resolved["tasks"].keys():
             place = resolved["tasks"][name]
-            if place != OMNIGLOT:
+            if place != OMNIGLOT and "://" not in place:
                 resolved["tasks"][name] = os.fspath(Path(place).expanduser().absolute())
     fits = resolved["algorithm"].get("fits") if is_learned_map(config) else None
     if fits is not None and "://" not in fits and not in_ray_job():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
@@ -81,11 +80,12 @@ def import_data(
 @click.option("--verify", is_flag=True, help="Read everything and compare the checksum.")
 def info(store: str, as_json: bool, verify: bool) -> None:
     """Say what a store holds. Without a path: the Omniglot inside the package."""
+    from raymeta.data.local_copy import local_file
     from raymeta.data.omniglot import open_omniglot
     from raymeta.data.store import Store
     from raymeta.data.summary import describe
 
-    opened = open_omniglot() if store == "omniglot" else Store.open(Path(store).expanduser())
+    opened = open_omniglot() if store == "omniglot" else Store.open(local_file(store))
     if verify:
         opened.verify()
     summary = describe(opened)

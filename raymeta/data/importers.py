@@ -1,14 +1,18 @@
-"""Making a store from what a user has: the original Omniglot, a folder of class folders of images, a table.
+"""Making a store from what a user has: the original Omniglot, a folder of class folders of images, a table, examples in
+memory.
 
 Each importer writes the store and returns a `StoreSummary`; what it cannot use it refuses, naming file, row and column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from raymeta.data import tables
 from raymeta.data.images import ImageReader, SourceFile, class_folders, list_files
@@ -17,6 +21,9 @@ from raymeta.data.splits import SPLIT_NAMES, GivenSplit, NamedSchemes, random_sp
 from raymeta.data.summary import StoreSummary, describe
 from raymeta.data.writer import check_output, write_store
 from raymeta.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 FRACTIONS = (0.6, 0.2, 0.2)
 IMAGES_IN_A_PART = 256
@@ -225,7 +232,7 @@ def import_table(
                     given.add(name, split, f"{path}, row {first_row + row}, column {split_column!r}")
             x = tables.to_numbers(path, batch, names, first_row, shape)
             shape = x.shape[1:]
-            yield _as_rows(path, names[0], x), labels
+            yield _as_rows(f"{path}, column {names[0]!r}", x), labels
 
     if split_column is None:
         schemes, notes = random_splits(fractions, seed), {"random": _random_note(seed)}
@@ -233,6 +240,90 @@ def import_table(
         schemes, notes = given.schemes, {"given": f"the column {split_column!r} of the import"}
     store = write_store(out, read(), schemes, notes=notes, licence=licence, source=f"table {path.name}", features=names)
     return describe(store)
+
+
+def import_examples(
+    examples: Iterable[tuple[Any, Any]] | Dataset[tuple[Any, Any]],
+    out: str | Path,
+    *,
+    splits: Mapping[Any, str] | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 0,
+    licence: str = "",
+) -> StoreSummary:
+    """A store from examples in memory.
+
+    Args:
+        examples: pairs (x, label): `zip(images, labels)`, or a torch `Dataset` of such items. x is an array, a tensor
+            or a PIL image, all of one shape; uint8 [C, H, W] (or [H, W]) become images, everything else float32. A
+            label is a text or a whole number, and names the class.
+        out: the store to make.
+        splits: for each label, train, validation or test; None: random.
+        fractions, seed: of the random split by class; not used where `splits` is given.
+        licence: kept in the store.
+
+    Raises:
+        InputError: naming the example (from 0): another shape or type than the first, a label that names no class or
+            has no split, NaN, infinity; fewer than two classes; an output that cannot be written.
+        RunError: the disk is full.
+    """
+    check_output(out)
+    given = GivenSplit()
+    split_of = {str(label): split for label, split in (splits or {}).items()}
+    counted = _items(examples)
+
+    def read() -> Iterator[tuple[np.ndarray, list[str]]]:
+        like: np.ndarray | None = None
+        while part := list(itertools.islice(counted, IMAGES_IN_A_PART)):
+            xs, labels = [], []
+            for number, (x, label) in part:
+                x, name = _example_x(x), _example_label(label, f"example {number}")
+                like = x if like is None else like
+                if (x.shape, x.dtype) != (like.shape, like.dtype):
+                    raise InputError(
+                        f"example {number} is {x.dtype} of shape {x.shape}, the first {like.dtype} of {like.shape}; "
+                        "expected all alike."
+                    )
+                if splits is not None:
+                    if name not in split_of:
+                        raise InputError(f"example {number} has the label {name!r}, for which `splits` has no split.")
+                    given.add(name, split_of[name], f"example {number}")
+                xs.append(x)
+                labels.append(name)
+            yield _as_rows("examples", np.stack(xs)), labels
+
+    if splits is None:
+        schemes, notes = random_splits(fractions, seed), {"random": _random_note(seed)}
+    else:
+        schemes, notes = given.schemes, {"given": "the splits given to the import"}
+    return describe(write_store(out, read(), schemes, notes=notes, licence=licence, source="examples in memory"))
+
+
+def _items(examples: Any) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    """The examples, counted. A `Dataset` need not end by itself when it is iterated over: it is asked by number."""
+    if not hasattr(examples, "__iter__") and hasattr(examples, "__len__"):
+        asked: Iterable[Any] = map(examples.__getitem__, range(len(examples)))
+    else:
+        asked = examples
+    for number, example in enumerate(asked):
+        if not (isinstance(example, tuple | list) and len(example) == 2):
+            raise InputError(f"example {number} is {type(example).__name__}; expected a pair (x, label).")
+        yield number, (example[0], example[1])
+
+
+def _example_x(x: Any) -> np.ndarray:
+    if isinstance(x, Image.Image):
+        pixels = np.asarray(x)
+        return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels
+    array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+    return array if array.dtype == np.uint8 else array.astype(np.float32)
+
+
+def _example_label(label: Any, where: str) -> str:
+    plain = label.item() if hasattr(label, "item") else label  # of NumPy or torch
+    if isinstance(plain, bool) or not isinstance(plain, str | int) or plain == "":
+        raise InputError(f"{where} has the label {plain!r}; expected a text or a whole number.")
+    return str(plain)
 
 
 def _character(file: SourceFile) -> str:
@@ -259,18 +350,16 @@ def _image_parts(
         yield np.stack(images), [name for _, name in files[start : start + IMAGES_IN_A_PART]]
 
 
-def _as_rows(path: Path, column: str, x: np.ndarray) -> np.ndarray:
+def _as_rows(where: str, x: np.ndarray) -> np.ndarray:
     """uint8 tensors as images [rows, C, H, W]; anything else as float32."""
     if x.dtype != np.uint8:
-        return x
+        return x.astype(np.float32, copy=False)
     if x.ndim == 3:
         return x[:, None]
     if x.ndim != 4:
         return x.astype(np.float32)
     if x.shape[1] > 4 and x.shape[3] <= 4:
-        raise InputError(
-            f"{path}, column {column!r}: tensors of shape {x.shape[1:]} look like [H, W, C]; expected [C, H, W]."
-        )
+        raise InputError(f"{where}: tensors of shape {x.shape[1:]} look like [H, W, C]; expected [C, H, W].")
     return x
 
 

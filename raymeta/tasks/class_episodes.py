@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from raymeta.data.local_copy import local_file
 from raymeta.data.omniglot import open_omniglot
 from raymeta.data.store import Store
 from raymeta.episodes import Episodes
@@ -38,7 +38,7 @@ class ClassEpisodes:
     """N-way K-shot tasks from a store.
 
     Attributes:
-        store: the path of a store (`raymeta data import` makes one); "omniglot" is the one inside the package.
+        store: path or URI of a store (`raymeta data import` makes one); "omniglot" is the one inside the package.
         ways: N, classes in a task.
         shots: K, support rows of each class.
         queries: query rows of each class.
@@ -116,7 +116,7 @@ class ClassEpisodes:
     @cached_property
     def data(self) -> Store:
         """The store, opened when first used."""
-        return open_omniglot() if self.store == OMNIGLOT else Store.open(Path(self.store).expanduser())
+        return open_omniglot() if self.store == OMNIGLOT else Store.open(local_file(self.store))
 
     @cached_property
     def _splits(self) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from raymeta.data import tables
+from raymeta.data.local_copy import local_file
 from raymeta.data.splits import GivenSplit, random_splits
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
@@ -48,7 +49,7 @@ class RegressionTable:
     """Tasks of a table. Task number i is a table task drawn from (seed, split, i) with its rows in a drawn order.
 
     Attributes:
-        path: the table, held in memory by each worker.
+        path: path or URI of the table, which each worker holds in memory.
         targets: the columns to predict.
         task_column: names the task of a row.
         features: the feature columns; None: every other one.
@@ -114,7 +115,7 @@ class RegressionTable:
         """The feature columns, in the order of x."""
         if self.features is not None:
             return self.features
-        path = Path(self.path).expanduser()
+        path = local_file(self.path)
         words = [self.task_column, *([] if self.split_column is None else [self.split_column])]
         return tables.feature_columns(path, tables.table_schema(path), None, [*words, *self.targets])
 
@@ -193,7 +194,7 @@ class RegressionTable:
 
     @cached_property
     def _data(self) -> _Data:
-        path = Path(self.path).expanduser()
+        path = local_file(self.path)
         labels, split_of, x, y = self._read(path)
         names = tuple(sorted(set(labels)))
         number_of = {name: number for number, name in enumerate(names)}

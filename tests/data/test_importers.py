@@ -12,9 +12,18 @@ import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
 
-from raymeta.data.importers import describe, import_images, import_omniglot, import_table, is_omniglot
+from raymeta.data.importers import (
+    describe,
+    import_examples,
+    import_images,
+    import_omniglot,
+    import_table,
+    is_omniglot,
+)
 from raymeta.data.omniglot import open_omniglot
 from raymeta.data.store import Store
 from raymeta.errors import InputError
@@ -397,3 +406,71 @@ def test_unreadable_tables_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "t.xlsx").write_text("")
     with pytest.raises(InputError, match="is no table that can be read"):
         import_table(tmp_path / "t.xlsx", tmp_path / "out.arrow")
+
+
+# --- examples in memory
+
+
+def test_arrays_come_out_as_they_went_in(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (600, 3, 5, 4), dtype=np.uint8)
+    labels = np.arange(600) % 6
+    summary = import_examples(zip(x, labels, strict=True), tmp_path / "out.arrow", licence="CC0")
+    assert (summary.classes, summary.examples, summary.shape, summary.dtype) == (6, 600, (3, 5, 4), "uint8")
+    assert summary.splits == {"random": {"train": 4, "validation": 1, "test": 1}}
+    store = Store.open(tmp_path / "out.arrow")
+    assert store.class_names == tuple("012345")
+    assert np.array_equal(store.rows(np.arange(600)), x[np.argsort(labels, kind="stable")])
+
+
+def test_a_dataset_of_tensors_and_one_of_pictures(tmp_path: Path) -> None:
+    x = torch.randn(12, 7, dtype=torch.float64, requires_grad=True)
+    given = {0: "train", 1: "val", 2: "test"}
+    summary = import_examples(TensorDataset(x, torch.arange(12) % 3), tmp_path / "a.arrow", splits=given)
+    assert (summary.shape, summary.dtype) == ((7,), "float32")
+    assert summary.splits == {"given": {"train": 1, "validation": 1, "test": 1}}
+    found = Store.open(tmp_path / "a.arrow").rows(np.arange(12))
+    assert np.array_equal(found, x.detach().float()[torch.argsort(torch.arange(12) % 3, stable=True)].numpy())
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 5, 3), dtype=np.uint8)
+
+    class Pictures(Dataset[tuple[Image.Image, str]]):
+        """Never raises IndexError: iterating over it would not end."""
+
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, number: int) -> tuple[Image.Image, str]:
+            return Image.fromarray(pixels[number % 8]), "ab"[number % 2]
+
+    summary = import_examples(Pictures(), tmp_path / "b.arrow", splits={"a": "train", "b": "test"})
+    assert (summary.shape, summary.dtype, summary.examples) == ((3, 6, 5), "uint8", 8)
+    assert np.array_equal(Store.open(tmp_path / "b.arrow").rows(np.array([1])), np.moveaxis(pixels[2:3], -1, 1))
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (
+            [(np.zeros(3), "a"), (np.zeros(4), "b")],
+            r"^example 1 is float32 of shape \(4,\), the first ",
+        ),
+        ([(np.zeros((6, 6, 3), np.uint8), "a")] * 2, r"^examples: tensors of shape \(6, 6, 3\) look like \[H, W, C\]"),
+        ([(np.zeros(3), 0.5)], r"^example 0 has the label 0\.5; expected a text or a whole number"),
+        ([(np.zeros(3), "")], r"^example 0 has the label ''"),
+        ([(np.zeros(3), "a"), np.zeros(3)], r"^example 1 is ndarray; expected a pair"),
+        ([(np.zeros(3), "a"), (np.array([0, np.nan, 0]), "b")], "NaN"),
+        ([(np.zeros(3), "a")], "two classes"),
+        ([], "no rows|no examples"),
+    ],
+)
+def test_examples_that_cannot_be_used_are_refused(tmp_path: Path, examples: list[object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        import_examples(examples, tmp_path / "out.arrow")  # type: ignore[arg-type]
+    assert not (tmp_path / "out.arrow").exists()
+
+
+def test_each_label_needs_a_split_where_they_are_given(tmp_path: Path) -> None:
+    examples = [(np.zeros(3), "a"), (np.ones(3), "b")]
+    with pytest.raises(InputError, match="example 1 has the label 'b', for which `splits` has no split"):
+        import_examples(examples, tmp_path / "out.arrow", splits={"a": "train"})
+    with pytest.raises(InputError, match=r"example 1: there is no split 'tset'.*test"):
+        import_examples(examples, tmp_path / "out.arrow", splits={"a": "train", "b": "tset"})

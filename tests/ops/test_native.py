@@ -7,9 +7,6 @@ import ctypes
 import functools
 import logging
 import os
-import stat
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -492,51 +489,11 @@ def test_without_a_compiler_torchs_kernels_are_used_and_it_is_said(
     assert not fresh.exists() or not list(fresh.iterdir())
 
 
-def test_a_cache_that_is_not_this_users_alone_is_not_used(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that cannot be written, one that others can write, one in the working directory."""
-    fresh.mkdir()
-    assert library._cache() == fresh
-    fresh.chmod(0o777)
-    assert library._cache() != fresh
-    monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    assert library._cache().is_absolute()
+def test_they_are_built_where_there_is_no_cache_of_the_users(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = fresh.parent / "a file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(blocked))
     assert library.can_run()
-
-
-def test_without_a_cache_one_build_serves_all_processes_of_the_user(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    blocked = tmp_path / "a file"
-    blocked.touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(blocked))
-    monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path))
-    folder = tmp_path / f"raymeta-{os.geteuid()}"
-    assert library._cache() == library._cache() == folder
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    code = "from raymeta.ops.native import library; print(library._cache())"
-    there = {**os.environ, "TMPDIR": os.fspath(tmp_path)}
-    found = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == os.fspath(folder)
-    assert not list(tmp_path.glob("raymeta-kernels-*"))
-
-
-def test_a_temporary_folder_that_is_not_this_users_alone_is_not_used(tmp_path: Path) -> None:
-    """One that others can write, and a link; what is used instead ends with the process."""
-    blocked = tmp_path / "a file"
-    blocked.touch()
-    code = "from raymeta.ops.native import library; print(library._cache())"
-    there = {**os.environ, "TMPDIR": os.fspath(tmp_path), "XDG_CACHE_HOME": os.fspath(blocked)}
-    folder, target = tmp_path / f"raymeta-{os.geteuid()}", tmp_path / "elsewhere"
-    for make in (lambda: (folder.mkdir(), folder.chmod(0o777)), lambda: (target.mkdir(), folder.symlink_to(target))):
-        make()
-        found = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, check=True)
-        used = Path(found.stdout.strip())
-        assert used.name.startswith("raymeta-kernels-")
-        assert not used.exists()
-        folder.rename(tmp_path / f"done-{used.name}")
 
 
 def test_the_rule() -> None:

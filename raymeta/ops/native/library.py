@@ -7,7 +7,6 @@ and the processor.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import hashlib
@@ -22,6 +21,7 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+from raymeta.cache import cache_folder
 from raymeta.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _built(compiler: list[str], real: str) -> Path:
         flags.encode(),
     ]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-    built = _cache() / f"task_kernels-{real}-{name}.so"
+    built = cache_folder() / f"task_kernels-{real}-{name}.so"
     if not built.exists():
         _build(compiler, sources, real, built)
     return built
@@ -112,37 +112,6 @@ def _build(compiler: list[str], sources: dict[str, bytes], real: str, built: Pat
     raise InputError(
         f"algorithm.kernels=native: the compiler fails: {shlex.join(command)}: {done.stderr.strip()[-500:]}; {WITHOUT}"
     )
-
-
-def _cache() -> Path:
-    """A folder of this user alone: what lies there is loaded as code. Where the user's cache is none, one with the
-    user's number among the machine's temporary files, so that all of its processes find what one of them has built."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    temporary = Path(tempfile.gettempdir()).absolute() / f"raymeta-{os.geteuid()}"
-    if base.is_absolute() and _is_ours(base / "raymeta"):
-        return base / "raymeta"
-    # Others can put a link there, too, to a folder of this user that is meant for something else.
-    if _is_ours(temporary) and not temporary.is_symlink():
-        return temporary
-    return _own_folder()
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether `folder` is there, or can be made, belongs to this user, and nobody else can write to it."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-        return state.st_uid == os.geteuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK)
-    except OSError:
-        return False
-
-
-@functools.cache
-def _own_folder() -> Path:
-    """The last resort: somebody else's folder has that name. It ends with the process."""
-    folder = Path(tempfile.mkdtemp(prefix="raymeta-kernels-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _processor() -> bytes:
