@@ -57,7 +57,8 @@ VARIANTS = {
         "omniglot-5w1s-maml-plus-plus",
         ["outer.steps=6000", "evaluation.every_steps=1500"],
     ),
-    "omniglot-5w1s-meta-sgd-longer": ("omniglot-5w1s-meta-sgd", ["outer.steps=9000", "evaluation.every_steps=2250"]),
+    "omniglot-5w1s-imaml-longer": ("omniglot-5w1s-imaml", ["outer.steps=2400", "evaluation.every_steps=600"]),
+    "omniglot-5w1s-cavia-longer": ("omniglot-5w1s-cavia", ["outer.steps=9000", "evaluation.every_steps=2250"]),
     "omniglot-5w1s-maml-adam-bfloat16": (
         "omniglot-5w1s-maml",
         ["outer.optimizer=adam", "algorithm.precision=bfloat16"],
