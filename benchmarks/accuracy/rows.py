@@ -12,7 +12,7 @@ PAPERS = {
     "reptile": ("97.68", "1803.02999"),
     "meta-sgd": ("99.53", "1707.09835"),
     "maml-plus-plus": ("99.47 (ensemble of 5)", "1810.09502"),
-    "imaml": ("99.50", "1909.04630"),
+    "imaml": ("99.50 (Hessian-free)", "1909.04630"),
     "prototypical-networks": ("98.8", "1703.05175"),
     "matching-networks": ("98.1", "1606.04080"),
     "relation-networks": ("99.6", "1711.06025"),

@@ -41,9 +41,16 @@ def last_layer(model: TaskModel, params: Params, fast: tuple[str, ...], x: Tenso
 
 
 def _ends(model: TaskModel, layer: str, params: Params, fast: tuple[str, ...], x: Tensor) -> bool:
-    seen: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
-    handle = model.module.get_submodule(layer).register_forward_hook(
-        lambda _, args, kwargs, outputs: seen.append((args, kwargs, outputs)), with_kwargs=True
+    module = model.module.get_submodule(layer)
+    learned = {
+        f"{layer}.{key}" for key, value in module.named_parameters(remove_duplicate=False) if value.requires_grad
+    }
+    if not learned <= set(fast):  # another weight of it, perhaps shared with a layer before: the outer loop learns it
+        return False
+    seen: list[tuple[tuple[Any, ...], dict[str, Any], Any, int]] = []
+    handle = module.register_forward_hook(
+        lambda _, args, kwargs, outputs: seen.append((args, kwargs, outputs, getattr(outputs, "_version", 0))),
+        with_kwargs=True,
     )
     try:
         with torch.enable_grad():
@@ -51,8 +58,10 @@ def _ends(model: TaskModel, layer: str, params: Params, fast: tuple[str, ...], x
             outputs, draws = model.rehearsed(leaves, x)
             if draws or len(seen) != 1:
                 return False
-            (args, kwargs, last) = seen[0]
+            (args, kwargs, last, version) = seen[0]
             if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or last is not outputs:
+                return False
+            if outputs._version != version:  # changed in place since
                 return False
             given = args[0]
             if len(given) != len(x) or not given.requires_grad:  # without a layer before there is nothing to gain

@@ -53,6 +53,22 @@ class Reading(Body):
         return self.head(self.body(x) * self.head[0].weight.sum(0))
 
 
+class ScaledInPlace(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        outputs *= 2  # the same object as the head put out
+        return outputs
+
+
+class Tied(Body):
+    """The last layer's weight is an earlier one's, too: a task changes its bias alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(16, WAYS), nn.Tanh(), nn.Linear(WAYS, WAYS), nn.Linear(WAYS, WAYS))
+        self.head[3].weight = self.head[2].weight
+
+
 class Keyword(Body):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(input=self.body(x))
@@ -153,7 +169,8 @@ def test_the_multi_task_baseline_fits_its_head_by_plain_descent(masked: bool) ->
     [
         (Body, "head", "head"), (Body, "head.2", "head.2"), (Body, None, "head.2"), (Body, "body", None),
         (Twice, "head", None), (Scaled, "head", None), (Dropping, "head", None), (Reading, "head", None),
-        (Keyword, "head", None),
+        (Keyword, "head", None), (ScaledInPlace, "head", None), (Tied, "head.3", None),
+        (Body, "head.2.weight", None),
     ],
 )  # fmt: skip
 def test_only_a_last_layer_by_itself_is_taken_for_one(
