@@ -76,7 +76,7 @@ def _generated(rows: list[dict[str, Any]]) -> list[str]:
     """What the generated examples give, whatever it is."""
     lines = [
         f"The same learners on the same test tasks, in %, with generated examples and without (`{WITHOUT_GENERATED}`).",
-        "More rows a class make the head's ridge weaker in proportion, so that not all of a gain need be the examples':",
+        "More rows a class make the head's ridge weaker in proportion: not all of a gain need be the examples';",
         "the README has what the same runs reach without examples at that ridge.",
         "",
         "| `raymeta evaluate` | transductive: with | without | gain | inductive: with | without | gain |",
