@@ -56,9 +56,9 @@ VARIANTS = {
     ),
     "omniglot-5w1s-maml-plus-plus-longer": (
         "omniglot-5w1s-maml-plus-plus",
-        ["outer.steps=6000", "evaluation.every_steps=1500"],
+        ["outer.steps=10000", "evaluation.every_steps=2500"],
     ),
-    "omniglot-5w1s-imaml-longer": ("omniglot-5w1s-imaml", ["outer.steps=2400", "evaluation.every_steps=600"]),
+    "omniglot-5w1s-imaml-longer": ("omniglot-5w1s-imaml", ["outer.steps=3200", "evaluation.every_steps=800"]),
     "omniglot-5w1s-cavia-longer": ("omniglot-5w1s-cavia", ["outer.steps=9000", "evaluation.every_steps=2250"]),
     "omniglot-5w1s-maml-adam-bfloat16": (
         "omniglot-5w1s-maml",
