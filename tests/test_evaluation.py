@@ -57,7 +57,7 @@ def test_means_and_intervals_are_over_tasks_in_index_order() -> None:
         mean = sum(evaluation.values) / 7
         deviation = math.sqrt(sum((value - mean) ** 2 for value in evaluation.values) / 6)
         assert evaluation.mean == pytest.approx(mean)
-        assert evaluation.ci95 == pytest.approx(1.96 * deviation / math.sqrt(7))
+        assert evaluation.ci95 == pytest.approx(2.4469118 * deviation / math.sqrt(7))  # Student's t of 6
         assert evaluation.loss == pytest.approx(sum(evaluation.losses) / 7)
     assert found["batch"].losses != found["support"].losses
 

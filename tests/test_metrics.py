@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from raymeta.metrics import (
     interval,
     of_classes,
     require_known,
+    students_t,
     task_losses,
     task_metrics,
 )
@@ -159,8 +161,8 @@ def test_shapes_that_would_broadcast() -> None:
 def test_the_interval_by_hand() -> None:
     found = interval([1.0, 2.0, 3.0, 6.0])
     assert (found.mean, found.count) == (3.0, 4)
-    # Squared deviations 4 + 1 + 0 + 9 = 14, over n - 1 = 3; divided by n = 4 for the mean.
-    assert found.ci95 == pytest.approx(1.96 * math.sqrt(14 / 3 / 4), rel=1e-15)
+    # Squared deviations 4 + 1 + 0 + 9 = 14, over n - 1 = 3; divided by n = 4 for the mean. Student's t of 3: 3.182446.
+    assert found.ci95 == pytest.approx(3.182446305 * math.sqrt(14 / 3 / 4), rel=1e-9)
     assert interval([0.5] * 10).ci95 == 0
     single = interval([2.0])
     assert (single.mean, single.count) == (2.0, 1)
@@ -169,11 +171,29 @@ def test_the_interval_by_hand() -> None:
         interval([])
 
 
+def test_students_t_is_that_of_the_tables() -> None:
+    """NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2, column 0.975; and one of the next without a jump."""
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 19: 2.093, 30: 2.042, 60: 2.000}
+    table |= {99: 1.984, 100: 1.984}
+    assert {freedom: round(students_t(freedom), 3) for freedom in table} == table
+    values = [students_t(freedom) for freedom in (98, 99, 100, 101, 102, 103)]
+    differences = [before - after for before, after in pairwise(values)]
+    assert all(0.97 * before < after < before for before, after in pairwise(differences))
+    assert students_t(10**6) == pytest.approx(1.9599639845, abs=3e-6)
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_the_interval_of_few_values_covers_the_mean_19_times_in_20(count: int) -> None:
+    draws = np.random.default_rng(1).normal(size=(4000, count))
+    held = sum(abs((found := interval(row.tolist())).mean) <= found.ci95 for row in draws)
+    assert 0.94 < held / 4000 < 0.96
+
+
 def test_values_of_one_task_are_not_independent() -> None:
     values = [1.0, 2.0, 3.0, 6.0]
     # Sums of differences from the mean 3 by group: -3 and 3; 2 / (2 - 1) * (9 + 9) / 4^2 = 2.25.
     found = interval(values, ["a", "a", "b", "b"])
-    assert (found.mean, found.ci95, found.count) == (3.0, pytest.approx(1.96 * 1.5), 4)
+    assert (found.mean, found.ci95, found.count) == (3.0, pytest.approx(12.7062047 * 1.5), 4)  # one degree of freedom
     assert interval(values, range(4)).ci95 == pytest.approx(interval(values).ci95)
     assert math.isnan(interval(values, [0] * 4).ci95)
 

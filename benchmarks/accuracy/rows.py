@@ -37,9 +37,6 @@ REASONS = {
     "quarter, and is at 82.1 after 500 steps whose rate falls to 0; 79.6 with the mean over places before the head and "
     "the paper's inner rate of 0.001",
 }
-# Mean squared error on sinusoids, trained with 10 shots, at 5 / 10 / 20 shots.
-SINUSOID_PAPERS = {"maml": "1.17 / 0.77 / 0.56", "meta-sgd": "0.88 / 0.53 / 0.35"}
-
 OMNIGLOT, SINUSOID = "omniglot-5w1s-", "sinusoid-10s-"
 SINUSOID_SHOTS = (5, 10, 20)
 # Learners that add generated examples, which are tested without them, too; and the setting that does it.

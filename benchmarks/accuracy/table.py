@@ -12,7 +12,6 @@ from benchmarks.accuracy.rows import (
     PAPERS,
     REASONS,
     SINUSOID,
-    SINUSOID_PAPERS,
     SINUSOID_SHOTS,
     WITHOUT_GENERATED,
 )
@@ -45,8 +44,8 @@ def tables(found: list[dict[str, Any]]) -> str:
         *_below(classification),
         "Sinusoids, trained with 10 shots, 1,000 test tasks, mean squared error at 5, 10 and 20 shots.",
         "",
-        "| `raymeta train` | outer steps | minutes | 5 shots | 10 shots | 20 shots | paper |",
-        "|---|---|---|---|---|---|---|",
+        "| `raymeta train` | outer steps | minutes | 5 shots | 10 shots | 20 shots |",
+        "|---|---|---|---|---|---|",
         *(_regression(row, marks) for row in sorted(regression, key=lambda row: row["shots"]["10"]["mean"])),
         "",
         *(_generated(generative) if generative else []),
@@ -120,8 +119,7 @@ def _percent(test: dict[str, Any]) -> str:
 def _regression(row: dict[str, Any], marks: dict[str, str]) -> str:
     values = [row["shots"][str(shots)] for shots in SINUSOID_SHOTS]
     shown = " | ".join(mean_squared_error(value["mean"], value["ci95"]) for value in values)
-    paper = SINUSOID_PAPERS.get(row["recipe"].removeprefix(SINUSOID), "")
-    return f"| `{row['recipe']}` | {row['steps']:,} | {_minutes(row, marks)} | {shown} | {paper} |"
+    return f"| `{row['recipe']}` | {row['steps']:,} | {_minutes(row, marks)} | {shown} |"
 
 
 def mean_squared_error(mean: float, ci95: float) -> str:

@@ -191,6 +191,8 @@ class GradientLearner(Learner):
         shared_names = [name for name in weights if name not in names]
         layer = model.last_layers[names] if FEATURES in params else None
         count = len(support_x)
+        # The inner problem must be one and the same in every step: the derivative is of its minimum.
+        one_draw = self.outer_gradient == "implicit"
 
         def start(params: Params) -> Params:
             own = self.weights(params)
@@ -202,7 +204,7 @@ class GradientLearner(Learner):
             if layer is not None:
                 outputs = last_outputs(model, layer, fast, params[FEATURES], mask)
             else:
-                key = None if keys is None else derived_key(keys, number)
+                key = None if keys is None else derived_key(keys, 0 if one_draw else number)
                 outputs = model.outputs(fast, {name: own[name] for name in shared_names}, x, mask, key)
             loss = self.losses(outputs, y, mask)
             if self.proximal_weight:

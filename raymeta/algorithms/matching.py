@@ -93,8 +93,8 @@ class MatchingNetworks(EmbeddingLearner):
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., D] / |x|; 0 where x is 0."""
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    """x [..., D] / (|x|^2 + 1e-6)^(1/2): 0 where x is 0, with a derivative of 1,000 there and not of 1e8."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def log_class_probabilities(logits: Tensor, member: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class MetaOptNet(EmbeddingLearner):
     Attributes:
         head: "support_vector", one class against the rest, squared hinge; "logistic", the softmax of all classes.
         ridge: see above. score_scale: at first (its logarithm is learned).
-        newton_steps: to the minimum. Few are needed: it is where rounding begins after 4 to 8.
+        newton_steps: to the minimum, which is where rounding begins after 4 to 8 for embeddings of about unit size.
+            Support vectors of many rows with a `ridge` of 0.001 need more than 30.
 
     Departs from the paper: squared hinges of one class against the rest in place of the Crammer-Singer hinge, whose
     solution has no derivative where a row enters its margin, and needs a quadratic program; embeddings are divided by

@@ -44,8 +44,8 @@ class ConditionalNeuralProcess(EmbeddingLearner):
 
     With `latent_size` (arXiv 1807.01622) there is a global z, normal with mean and scale made of the mean of encodings
     like the r_i, and g sees it beside r. In training z is drawn given support and query rows, and the loss has the
-    divergence KL(q(z | all rows) | q(z | support rows)) over the number of rows (equation 7); a prediction takes the
-    mean of q(z | support rows).
+    divergence KL(q(z | all rows) | q(z | support rows)) over the number of rows in the loss (equation 7); a prediction,
+    and so the metric, takes the mean of q(z | support rows).
 
     Attributes:
         width: of every layer of h and g, and of r. depth: hidden layers of h and of g.
@@ -162,26 +162,43 @@ class ConditionalNeuralProcess(EmbeddingLearner):
             support = self.embed(model, leaves, batch.support_x, batch.support_mask, plan.keys["support"])
             embedded = self.embed(model, leaves, batch.query_x, batch.query_mask, plan.keys["query"])
             fitted = self.fit(leaves, support, batch.support_y, plan.ways, batch.support_mask)
-            every, labels = torch.cat([support, embedded], 1), torch.cat([batch.support_y, batch.query_y], 1)
-            mask = joined_mask(batch)
-            extra: Tensor | float = 0.0
-            if self.latent_size:
-                prior = self._encoded(leaves, support, batch.support_y, plan.ways, batch.support_mask)
-                posterior = self._encoded(leaves, every, labels, plan.ways, mask)
-                mean, scale = self._latent(leaves, posterior, mask)
-                noise = normals(plan.keys["latent"], mean.shape[1:], mean)
-                fitted = {**fitted, CODE: mean + scale * noise}
-                rows = every.shape[1] if mask is None else mask.sum(1)
-                extra = divergence((mean, scale), self._latent(leaves, prior, batch.support_mask)).sum((1, 2)) / rows
-            scores = self.scores(leaves, fitted, every if self.support_in_loss else embedded)
-            own = scores[:, -embedded.shape[1] :]
             if self.support_in_loss:
-                loss = self.losses(scores, labels, mask)
+                rows, labels, mask = (
+                    torch.cat([support, embedded], 1),
+                    torch.cat([batch.support_y, batch.query_y], 1),
+                    joined_mask(batch),
+                )
             else:
-                loss = self.losses(own, batch.query_y, batch.query_mask)
-            return QueryResult(loss + extra, self.metrics(own.detach(), batch.query_y, batch.query_mask))
+                rows, labels, mask = embedded, batch.query_y, batch.query_mask
+            if not self.latent_size:
+                scores = self.scores(leaves, fitted, rows)
+                own = scores[:, -embedded.shape[1] :].detach()
+                metric = self.metrics(own, batch.query_y, batch.query_mask)
+                return QueryResult(self.losses(scores, labels, mask), metric)
+            with torch.no_grad():  # as outside training: the distribution that the loss draws from knows the query rows
+                predicted = self.scores(leaves, fitted, embedded)
+                metric = self.metrics(predicted, batch.query_y, batch.query_mask)
+            drawn, divergences = self._drawn(leaves, batch, plan, support, embedded)
+            loss = self.losses(self.scores(leaves, {**fitted, CODE: drawn}, rows), labels, mask)
+            return QueryResult(loss + divergences / (rows.shape[1] if mask is None else mask.sum(1)), metric)
 
         return direct(params, query)
+
+    def _drawn(
+        self, params: Params, batch: Episodes, plan: StepPlan, support: Tensor, embedded: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """z [T, N, Z] drawn given all rows, and the divergence [T] of that distribution from the one given the support
+        rows, in the loss's unit: over the numbers of a target, whose mean the loss takes."""
+        every, labels = torch.cat([support, embedded], 1), torch.cat([batch.support_y, batch.query_y], 1)
+        mask = joined_mask(batch)
+        of_support = self._encoded(params, support, batch.support_y, plan.ways, batch.support_mask)
+        mean, scale = self._latent(params, self._encoded(params, every, labels, plan.ways, mask), mask)
+        noise = normals(plan.keys["latent"], mean.shape[1:], mean)
+        apart = divergence((mean, scale), self._latent(params, of_support, batch.support_mask)).sum(2)  # [T, N]
+        if self.numeric:
+            return mean + scale * noise, apart[:, 0] / (self.outputs or 1)
+        present = membership(batch.support_y, plan.ways, batch.support_mask).any(1)
+        return mean + scale * noise, apart.where(present, torch.zeros_like(apart)).sum(1)
 
     def _latent(self, params: Params, pairs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and scale [T, N, Z] of q(z | rows), from the encodings [T, N, S, R]."""

@@ -160,6 +160,16 @@ def test_solver_steps_beyond_the_solution_change_nothing(small: Any) -> None:
     assert small.relative_error(further, found) < 1e-9
 
 
+def test_imaml_with_dropout_has_one_inner_problem(small: Any) -> None:
+    """One draw for all inner steps: the derivative of the converged solution is that of the loss after them. With one
+    of each step's own they are 20 % apart."""
+    model = nn.Sequential(nn.Dropout(0.25), nn.Linear(5, 3)).double()
+    learner = IMAML(proximal_weight=1.0, inner_rate=0.3, inner_steps=150, solver_steps=40)
+    params, batch = learner.init(model, 0), small.tasks((5,), tasks=2)
+    gradient = small.gradient(learner, model, params, batch)
+    small.central_differences(small.loss(learner, model, batch), params, gradient)
+
+
 def test_reptile_with_one_full_step_of_sgd_is_joint_training_on_the_support_sets(small: Any) -> None:
     """theta_0 - theta_1 = rate * gradient (section 4 of arXiv 1803.02999)."""
     learner = Reptile(inner_rate=0.2, inner_steps=1, inner_optimizer="sgd", inner_batch=None)

@@ -55,7 +55,7 @@ def test_an_embedding_of_zeros_is_no_nan() -> None:
     x = torch.zeros(1, 1, 3, requires_grad=True)
     (slope,) = torch.autograd.grad(unit(x).sum(), x)
     assert torch.equal(unit(x).detach(), torch.zeros(1, 1, 3))
-    assert bool(slope.isfinite().all())
+    assert float(slope.abs().max()) < 1e4  # a norm clamped at 1e-8 has 1e8 here: one such row is the whole gradient
 
 
 def cells(size: int, hidden: int) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def test_full_context_is_the_papers_equations(small: Any) -> None:
             h = o.sigmoid() * c.tanh() + query[0, row]
         attention = (10 * torch.cosine_similarity(h[None], g)).softmax(0)
         expected = torch.stack([attention[labels[0] == way].sum() for way in range(3)]).log()
-        torch.testing.assert_close(scores[0, row], expected)
+        torch.testing.assert_close(scores[0, row], expected, rtol=1e-5, atol=1e-5)  # `unit` adds 1e-6 to squares
 
 
 def test_full_context_sees_the_other_support_rows(small: Any) -> None:

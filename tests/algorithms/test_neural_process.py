@@ -161,6 +161,71 @@ def test_the_latent_path(small: Any) -> None:
     assert sum(draws) / len(draws) == pytest.approx(at_the_mean, rel=0.01)
 
 
+@pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])
+def test_the_loss_with_the_latent_path_is_the_papers_bound(small: Any, masks: bool) -> None:
+    """Minus equation 7 of arXiv 1807.01622 for the rows of the loss, over their number and that of a target's numbers;
+    where z cannot move (its weights are 0) the bound is the likelihood less a divergence by hand."""
+    for support_in_loss in (True, False):
+        learner = replace(VARIANTS["conditional_latent"], support_in_loss=support_in_loss)
+        model, params, batch = numeric_problem(small, learner, masks=masks)
+        # The decoder does not see z: what is drawn changes nothing.
+        width = learner.embedding_size + learner.width
+        first = params["decoder.0.weight"].clone()
+        first[:, width:] = 0
+        params["decoder.0.weight"] = first
+        plain = replace(learner, latent_size=0)
+        shorter = {name: value for name, value in params.items() if not name.startswith("latent.")}
+        shorter["decoder.0.weight"] = first[:, :width]
+        whole, likelihood = (
+            found.meta_gradient(model, values, batch, 0).metrics["loss"]
+            for found, values in ((learner, params), (plain, shorter))
+        )
+        expected = 0.0
+        for task in range(3):
+            distributions, rows = [], []
+            for with_query in (False, True):
+                x, y = batch.support_x[task], batch.support_y[task]
+                x, y = (
+                    (x, y) if batch.support_mask is None else (x[batch.support_mask[task]], y[batch.support_mask[task]])
+                )
+                qx, qy = batch.query_x[task], batch.query_y[task]
+                qx, qy = (
+                    (qx, qy) if batch.query_mask is None else (qx[batch.query_mask[task]], qy[batch.query_mask[task]])
+                )
+                rows = [len(x), len(qx)]
+                x, y = (torch.cat([x, qx]), torch.cat([y, qy])) if with_query else (x, y)
+                pairs = learner._encoded(params, model(x)[None], y[None], 1, None)
+                mean, scale = learner._latent(params, pairs, None)
+                distributions.append(Normal(mean, scale))
+            apart = float(kl_divergence(distributions[1], distributions[0]).sum().detach())
+            expected += apart / 2 / (sum(rows) if support_in_loss else rows[1])
+        assert whole - likelihood == pytest.approx(expected, rel=1e-9)
+        assert expected > 1e-6
+
+
+def test_the_training_metric_with_the_latent_path_does_not_see_query_labels(small: Any) -> None:
+    learner = VARIANTS["conditional_latent"]
+    model, params, batch = numeric_problem(small, learner)
+    adapted = learner.adapt(model, params, batch.support_x, batch.support_y)
+    outputs = learner.predict(model, adapted, batch.query_x)
+    expected = float(learner.metrics(outputs, batch.query_y, None).sum())
+    assert learner.meta_gradient(model, params, batch, 0).metrics["mean_squared_error"] == pytest.approx(expected)
+
+
+def test_classes_that_a_task_does_not_have_are_no_divergence(small: Any) -> None:
+    learner = ConditionalNeuralProcess(**SIZES, latent_size=3)
+    model, batch = small.model("mlp", None), small.tasks((5,))
+    params = learner.init(model, 0)
+    fewer = replace(batch, support_y=batch.support_y % 2, query_y=batch.query_y % 2)
+    # Task 0 alone has two classes; beside a task of three there is a third place that it does not use.
+    both = replace(batch, support_y=fewer.support_y.clone(), query_y=fewer.query_y.clone())
+    both.support_y[1], both.query_y[1] = batch.support_y[1], batch.query_y[1]
+    alone = learner.meta_gradient(model, params, fewer.select(0, 1), 0).metrics["loss"]
+    other = learner.meta_gradient(model, params, both.select(1, 2), 0).metrics["loss"]
+    together = learner.meta_gradient(model, params, both.select(0, 2), 0).metrics["loss"]
+    assert together == pytest.approx(alone + other, rel=1e-12)
+
+
 def test_settings_without_a_meaning_are_refused() -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (ConditionalNeuralProcess, {"width": 0}, "width"),
