@@ -36,7 +36,8 @@ from raymeta.params import Params, with_prefix
 from raymeta.seeding import torch_generator
 
 WEIGHT, CENTRE, PRESENT = "weight", "centre", "present"
-GENERATOR, ENCODER, LOG_NOISE, JUDGE = "generator.", "encoder.", "noise.log_scale", "judge."
+GENERATOR, ENCODER, JUDGE = "generator.", "encoder.", "judge."
+LEAST_SQUARE = 1e-6  # of what a reconstruction misses, against a logarithm of 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,9 @@ class Augmentation(EmbeddingLearner):
     embeddings of the query rows from their class's mean support embedding; the embeddings are constants for it, so that
     it does not change what the model learns. The loss and the metric of training are those of the prototypes.
 
-    Adaptation: scores x'W of x = (e(row) - m) / sqrt(D), m the mean of the class means, where W minimises the sum of
-    -log softmax over the real and the `generated` rows of each class, plus ridge/2 |W|^2.
+    Adaptation: scores x'W of x = (e(row) - m) / sqrt(D), m the mean of the class means, where W minimises
+        (real rows / all rows) * (sum of -log softmax over all rows, real and `generated`) + ridge/2 |W|^2:
+    however many rows are added, the ridge keeps its weight, and a difference to `generated` = 0 is the examples' own.
 
     Attributes:
         generated: M. The latent draws behind them are the same for every class and task.
@@ -74,9 +76,10 @@ class Augmentation(EmbeddingLearner):
         """The widths of the learner's own perceptrons, by prefix, for D = `size`."""
 
     @abstractmethod
-    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """[T, Q] what the learner's own perceptrons descend, for embeddings x [T, Q, D] of classes with the mean
-        support embeddings `centres` [T, Q, D], given standard normal noise [T, Q, Z]; all divided by sqrt(D)."""
+    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+        """[T] what the learner's own perceptrons descend, for embeddings x [T, Q, D] of classes with the mean support
+        embeddings `centres` [T, Q, D], given standard normal noise [T, Q, Z]; all divided by sqrt(D). `mask` [T, Q]:
+        the rows that count."""
 
     def init(self, model: nn.Module, seed: int) -> Params:
         params = super().init(model, seed)
@@ -115,9 +118,9 @@ class Augmentation(EmbeddingLearner):
             own = _zero_where_absent(centres.detach()) / math.sqrt(embedded.shape[2])
             own = F.one_hot(batch.query_y, plan.ways).to(own) @ own  # [T, Q, D] each row's class
             noise = normals(plan.keys["generator"], (x.shape[1], self.latent_size), x)
-            rows = self.generator_loss(leaves, own, x, noise)
+            of_generator = self.generator_loss(leaves, own, x, noise, batch.query_mask)
             metric = self.metrics(scores.detach(), batch.query_y, batch.query_mask)
-            return QueryResult(loss + masked_means(rows, batch.query_mask), metric)
+            return QueryResult(loss + of_generator, metric)
 
         return replace(direct(params, query), loss=reported[0])
 
@@ -125,7 +128,7 @@ class Augmentation(EmbeddingLearner):
 
     def fit(self, params: Params, support: Tensor, labels: Tensor, ways: int, mask: Tensor | None) -> Params:
         x, member = support / math.sqrt(support.shape[2]), membership(labels, ways, mask)
-        present = member.any(1)
+        present, real = member.any(1), member.sum((1, 2))
         centres = _zero_where_absent(prototypes(x, labels, ways, mask))
         if self.generated:
             x = torch.cat([x, self.generated_rows(params, centres).flatten(1, 2)], 1)
@@ -133,8 +136,11 @@ class Augmentation(EmbeddingLearner):
             member = torch.cat([member, own], 1)
         centre = (centres * present[..., None]).sum(1, keepdim=True) / present.sum(1)[:, None, None]
         rows = x - centre
-        dual = solution(LogisticHead(member, self.ridge), rows @ rows.transpose(1, 2), self.newton_steps)
-        return {WEIGHT: dual.transpose(1, 2) @ rows, CENTRE: centre, PRESENT: present}
+        # share: all rows to real ones. Rows divided by its square root make the objective above share times as large, at
+        # the W that is the root times as large.
+        share = (1 + self.generated * present.sum(1) / real)[:, None, None].to(rows)
+        dual = solution(LogisticHead(member, self.ridge), rows @ rows.transpose(1, 2) / share, self.newton_steps)
+        return {WEIGHT: dual.transpose(1, 2) @ rows / share, CENTRE: centre, PRESENT: present}
 
     def generated_rows(self, params: Params, centres: Tensor) -> Tensor:
         """[T, N, M, D] from the class means `centres` [T, N, D], divided by sqrt(D)."""
@@ -152,7 +158,9 @@ class Augmentation(EmbeddingLearner):
 class VAEAugmentation(Augmentation):
     """The generator is the decoder of a variational autoencoder of embeddings x given their class's mean c:
         loss = -log normal(x; c + g(z, c), noise^2) + KL(q(z | x, c) | normal(0, 1)),   z from q(z | x, c),
-    divided by D; noise, one number, is learned. Generated are the means c + g(z, c), z from normal(0, 1).
+    divided by D. noise^2 is what fits best, for each task the mean square of what its reconstructions miss (Rybkin,
+    Daniilidis, Levine 2021, arXiv 2006.13202): one that is learned from 1 on, when embeddings differ by a twentieth,
+    drives z out of g before it has fallen. Generated are the means c + g(z, c), z from normal(0, 1).
     """
 
     def perceptrons(self, size: int) -> dict[str, list[int]]:
@@ -161,19 +169,14 @@ class VAEAugmentation(Augmentation):
             GENERATOR: [size + self.latent_size, *self._hidden(), size],
         }
 
-    def init(self, model: nn.Module, seed: int) -> Params:
-        params = super().init(model, seed)
-        return {**params, LOG_NOISE: torch.zeros(1).to(next(iter(params.values())))}
-
-    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         mean, log_scale = perceptron(with_prefix(params, ENCODER), torch.cat([x - centres, centres], -1)).chunk(2, -1)
         scale, size = log_scale.exp(), x.shape[2]
         made = self.generate(params, centres, mean + scale * noise)
-        log_noise = params[LOG_NOISE]
-        squares = (x - made).square().sum(2) * (-2 * log_noise).exp()
-        likelihood = -0.5 * squares - size * (log_noise + 0.5 * math.log(2 * math.pi))
+        missed = masked_means((x - made).square().mean(2), mask)
         prior = (torch.zeros_like(mean), torch.ones_like(mean))
-        return (divergence((mean, scale), prior).sum(2) - likelihood) / size
+        divergences = masked_means(divergence((mean, scale), prior).sum(2), mask)
+        return 0.5 * (2 * math.pi * math.e * (missed + LEAST_SQUARE)).log() + divergences / size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +192,7 @@ class GANAugmentation(Augmentation):
             GENERATOR: [size + self.latent_size, *self._hidden(), size],
         }
 
-    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+    def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         made = self.generate(params, centres, noise)
         judge = with_prefix(params, JUDGE)
         still = {name: value.detach() for name, value in judge.items()}
@@ -198,7 +201,7 @@ class GANAugmentation(Augmentation):
             return perceptron(weights, torch.cat([rows - centres, centres], -1))[..., 0]
 
         of_judge = (judged(judge, x) - 1).square() + judged(judge, made.detach()).square()
-        return 0.5 * (of_judge + (judged(still, made) - 1).square())
+        return masked_means(0.5 * (of_judge + (judged(still, made) - 1).square()), mask)
 
 
 def _zero_where_absent(centres: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ with LocalPool(make) as local:
             found["node lost in the step"].append(same(3))
         found["workers left"] = len(pool.timings.compute_seconds)
         nodes.append(cluster.add_node(**node))
-        end = time.monotonic() + 60
+        end = time.monotonic() + 150  # a new worker imports torch while the steps have all cores
         while len(pool.timings.compute_seconds) < 2 and time.monotonic() < end:
             found["while one joins"] = same(2)
         found["workers joined"] = len(pool.timings.compute_seconds)
@@ -181,7 +181,7 @@ def outcome(script: str) -> Any:
         env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=360,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
