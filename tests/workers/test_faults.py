@@ -187,6 +187,7 @@ def outcome(script: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.timeout(400)
 def test_nodes_are_lost_join_and_leave():
     """Steps of 800 tasks, long enough to lose a node in the middle of one."""
     found = outcome(NODES.replace("TASKS", "800").replace("WAIT", "4"))
