@@ -136,8 +136,8 @@ class Augmentation(EmbeddingLearner):
             member = torch.cat([member, own], 1)
         centre = (centres * present[..., None]).sum(1, keepdim=True) / present.sum(1)[:, None, None]
         rows = x - centre
-        # share = all rows / real rows. For x / share^(1/2) and W * share^(1/2), which give the same scores, the objective
-        # above times share is the plain one of all rows.
+        # share = all rows / real rows. For x / share^(1/2) and W * share^(1/2), which give the same scores, the
+        # objective above times share is the plain one of all rows.
         share = (1 + self.generated * present.sum(1) / real)[:, None, None].to(rows)
         dual = solution(LogisticHead(member, self.ridge), rows @ rows.transpose(1, 2) / share, self.newton_steps)
         return {WEIGHT: dual.transpose(1, 2) @ rows / share, CENTRE: centre, PRESENT: present}
