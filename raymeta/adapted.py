@@ -28,17 +28,20 @@ from torch import Tensor, nn
 from raymeta.algorithms import Adapted, Learner
 from raymeta.algorithms.gradient_learner import GradientLearner
 from raymeta.build import trained
+from raymeta.build.sources import describe_source
 from raymeta.config import load_config, to_predict
 from raymeta.errors import InputError
 from raymeta.metrics import of_classes
-from raymeta.params import Params
+from raymeta.params import ParameterLayout, Params
 from raymeta.run_directory import RunDirectory
+from raymeta.tasks.source import TaskSource
 
 # Rows that an inductive prediction computes at once; each row is treated alone, so the cut changes nothing.
 ROWS_AT_ONCE = 1024
 FORMAT = 1
 
-# Or whatever has `__array__`, such as a data frame of pandas, its columns in the order of training.
+# Or whatever has `__array__`, such as a data frame of pandas: of named columns those of the training table are taken,
+# in its order.
 Rows = np.ndarray | Tensor | Sequence[Any]
 
 
@@ -96,6 +99,23 @@ class TrainedLearner:
             raise InputError(f"device={str(device)!r}: {str(error).splitlines()[0]}; expected cpu, or cuda") from error
         return cls(model, learner, ordered, description, resolved, step)
 
+    @classmethod
+    def of(
+        cls, model: nn.Module, learner: Learner, params: Params, tasks: TaskSource, inner_steps: int | None = None
+    ) -> TrainedLearner:
+        """From what a training in Python has: `TrainedLearner.of(model, learner, trainer.best_params, tasks)`.
+
+        Args:
+            tasks: the training's task source, for the shapes and units of a task.
+            inner_steps: of an adaptation; None: as in training.
+
+        Raises:
+            InputError: the parameters are not those of this model and learner.
+        """
+        ordered = ParameterLayout.of(learner.init(model, 0)).ordered(params, "params")
+        resolved = {"algorithm": {"name": type(learner).__name__}, "evaluation": {"inner_steps": inner_steps}}
+        return cls(model, learner, ordered, describe_source(tasks), resolved, 0)
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one row of x."""
@@ -144,9 +164,11 @@ class TrainedLearner:
                 found[number] = FittedModel(self, adapted.task(place), given[2])
             some.clear()
 
-        for number, (support_x, support_y) in enumerate(tasks):
+        for number, task in enumerate(tasks):
+            if not isinstance(task, tuple | list) or len(task) != 2:
+                raise InputError(f"task {number} is {type(task).__name__}; expected a pair (support_x, support_y)")
             try:
-                given = self._support(support_x, support_y)
+                given = self._support(*task)
             except InputError as error:
                 raise InputError(f"task {number}: {error}") from error
             some = alike.setdefault((len(given[0]), len(given[2] or ())), {})
@@ -169,12 +191,14 @@ class TrainedLearner:
     def _adapted(self, x: Tensor, y: Tensor, inner_steps: int | None) -> Adapted:
         """Of x [T, S, ...] and y [T, S, ...]; what a task draws is what it draws alone."""
         steps = (self.resolved.get("evaluation") or {}).get("inner_steps") if inner_steps is None else inner_steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
+            raise InputError(f"inner_steps={steps!r}; expected a whole number of 0 or more")
         alone = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return self.learner.adapt(self.model, self.params, x, y, tasks=alone, inner_steps=steps)
 
     def inputs(self, rows: Rows, name: str) -> Tensor:
         """[R, *input_shape] floating, checked, from an array or tensor. Raises InputError."""
-        array = _array(rows, name)
+        array = _array(self._in_order(rows, name), name)
         if array.shape[1:] != self.input_shape or not len(array):
             raise InputError(
                 f"{name} has shape {array.shape}; the model was trained on rows of shape {self.input_shape}, expected "
@@ -200,6 +224,22 @@ class TrainedLearner:
         if units is not None:
             array = (array - units[0]) / units[1]
         return torch.from_numpy(np.ascontiguousarray(array)).to(like)
+
+    def _in_order(self, rows: Rows, name: str) -> Rows:
+        """A data frame's feature columns in the order of training, where both have names."""
+        features, columns = list(self.description.get("features") or ()), getattr(rows, "columns", None)
+        if not features or columns is None or not hasattr(rows, "__array__"):
+            return rows
+        there = list(columns)
+        if not all(isinstance(column, str) for column in there):
+            return rows  # numbered, not named
+        lacking = [column for column in features if column not in there]
+        if lacking:
+            raise InputError(
+                f"{name} has the columns {', '.join(there)}, and lacks {lacking[0]!r}; the model was trained on "
+                f"{', '.join(features)}"
+            )
+        return rows[features]  # type: ignore[call-overload]
 
     def units(self, which: Literal["x", "y"]) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and scale by which the training data's features ("x") or targets ("y") were standardised; None: they
@@ -371,8 +411,13 @@ class FittedModel:
         """Writes everything that `FittedModel.load` needs into one safetensors file, atomically.
 
         Raises:
-            InputError: a path that cannot be written.
+            InputError: a path that cannot be written, or a learner that came of `TrainedLearner.of`.
         """
+        if "model" not in self.trained.resolved:
+            raise InputError(
+                "this learner was made of Python objects, and no configuration says how to make its model again; keep "
+                "state_dict(), or train with `raymeta train` and model.name=package.module:Class"
+            )
         tensors = {
             **{f"params.{name}": value for name, value in self.trained.params.items()},
             **{f"fast.{name}": value for name, value in self.adapted.fast.items()},

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+REQUIRED = ("support_x", "support_y", "query_x", "query_y", "tasks")
+
 
 @dataclass(frozen=True)
 class Episodes:
@@ -29,7 +31,7 @@ class Episodes:
             source has none. Only joint training over all classes looks at it.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: what is no tensor, labels of another type than int64, shapes that do not fit each other.
     """
 
     support_x: Tensor
@@ -43,6 +45,14 @@ class Episodes:
     fits: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor) and (value is not None or field.name in REQUIRED):
+                raise ValueError(f"{field.name} is a {type(value).__name__}; expected a torch.Tensor")
+        for name in ("support_y", "query_y"):
+            kind = getattr(self, name).dtype
+            if not kind.is_floating_point and kind != torch.int64:
+                raise ValueError(f"{name} is {kind}; expected class numbers as torch.int64, or floating targets")
         count = len(self.tasks)
         for field in fields(self):
             value = getattr(self, field.name)

@@ -26,7 +26,20 @@ RowFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    _require_classes("loss='cross_entropy'", targets)
     return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def _require_classes(setting: str, targets: Tensor) -> None:
+    """Raises InputError for numeric targets: of one number the loss would be that of a single class, always 0."""
+    if targets.is_floating_point() or targets.dim() != 1:
+        row = tuple(targets.shape[1:])
+        raise InputError(
+            f"{setting} needs a class number for each row (int64); the tasks have targets of {targets.dtype}"
+            + (f" and shape {row} a row" if row else "")
+            + ". Give the learner the loss and metric of the tasks (loss=tasks.loss, metric=tasks.metric), or set "
+            "loss='mean_squared_error' and metric='mean_squared_error'"
+        )
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -86,6 +99,7 @@ def _logits(outputs: Tensor) -> Tensor:
 
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    _require_classes("metric='accuracy'", targets)
     return (outputs.argmax(-1) == targets).to(outputs.dtype)
 
 
@@ -116,6 +130,11 @@ def require_known(loss: str, metric: str, where: str) -> None:
     """Raises InputError for a loss or metric that there is not, or whose function lacks what it must say; its message
     begins with `where`."""
     for setting, name, known in (("loss", loss, LOSSES), ("metric", metric, METRICS)):
+        if not isinstance(name, str):
+            raise InputError(
+                f"{where}{setting} is a {type(name).__name__}; expected a name: one of {', '.join(known)}, or "
+                "'package.module:function' of your own, which workers can import."
+            )
         if name in known:
             continue
         if ":" not in name:
@@ -249,7 +268,10 @@ def _within(t: float, freedom: int) -> float:
 
 
 def shown_metric(metric: str, mean: float, ci95: float | None = None) -> str:
-    """A metric for people: accuracies in per cent, others as they are, with the 95 % interval where there is one."""
+    """A metric for people: accuracies in per cent, others as they are, with the 95 % interval where there is one (nan:
+    of a single task)."""
     scale, unit, digits = (100.0, " %", 2) if metric.endswith("accuracy") else (1.0, "", 4)
-    half = "" if ci95 is None else f" ± {ci95 * scale:.{digits}f}"
+    half = "" if ci95 is None else f" ± {ci95 * scale:.{digits}f}" if ci95 == ci95 else " (one task: no interval)"
+    if half.endswith(")"):
+        return f"{metric.replace('_', ' ')} {mean * scale:.{digits}f}{unit}{half}"
     return f"{metric.replace('_', ' ')} {mean * scale:.{digits}f}{half}{unit}"

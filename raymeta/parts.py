@@ -109,7 +109,8 @@ def resolve_arguments(
     for key in arguments:
         if key not in known and key not in excluded:
             hint = nearest(key, settable) if settable else f"{name!r} takes no arguments."
-            problems.append(f"{section}.{key}: unknown to {name!r}; {hint}")
+            whole = f" If it is of a recipe's other {section}, replace that whole: '{section}={{name: {name}}}'."
+            problems.append(f"{section}.{key}: unknown to {name!r}; {hint}{whole}")
     resolved = {}
     for key, argument in settable.items():
         if key in arguments:

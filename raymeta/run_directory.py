@@ -40,6 +40,16 @@ LOCK = ".lock"
 log = logging.getLogger(__name__)
 
 
+def require_created(run: object) -> None:
+    """Raises InputError for what is no `RunDirectory`, or one that is not open for writing."""
+    if not isinstance(run, RunDirectory):
+        raise InputError(
+            f"run is a {type(run).__name__}; expected a raymeta.run_directory.RunDirectory(path) after its create()"
+        )
+    if not run._writing:
+        raise InputError(f"the run directory {run} is not open for writing; call its create() first")
+
+
 class RunDirectory:
     """One run's directory. Making the object touches nothing; `create` makes it the writer, `close` ends that.
 

@@ -17,7 +17,7 @@ from raymeta.meta_gradient import MetaGradient
 from raymeta.metrics import higher_is_better
 from raymeta.outer_optimizer import OuterOptimizer, OuterSettings, clip_by_global_norm
 from raymeta.params import ParameterLayout, Params
-from raymeta.run_directory import RunDirectory
+from raymeta.run_directory import RunDirectory, require_created
 from raymeta.workers.pool import Abandoned, WorkerPool, require_like_layout
 from raymeta.workers.worker import torch_threads
 
@@ -55,7 +55,8 @@ class MetaTrainer:
         describes: JSON that every checkpoint carries, so that the result can be used without the training data.
 
     Raises:
-        InputError: the workers' model and learner have other parameters, or theirs in another order.
+        InputError: the workers' model and learner have other parameters, or theirs in another order; `run` is no run
+            directory that was created.
 
     Attributes:
         flat: [P] the outer parameters, one vector.
@@ -73,6 +74,8 @@ class MetaTrainer:
         threads: int = 1,
         describes: Mapping[str, Any] | None = None,
     ) -> None:
+        if run is not None:
+            require_created(run)
         self.pool, self.metric, self.outer, self.evaluation = pool, metric, outer, evaluation
         self.run, self.threads, self.describes = run, threads, dict(describes or {})
         self.layout = ParameterLayout.of(params)
@@ -94,6 +97,15 @@ class MetaTrainer:
     def params(self) -> Params:
         """The outer parameters by name: views of `flat`."""
         return self.layout.unflatten(self.flat)
+
+    @property
+    def best_params(self) -> Params:
+        """The outer parameters that validation chose so far, which are those that `fit` has tested; before the first
+        validation the present ones."""
+        if self.best is None:
+            return self.params
+        flat = self._best_flat if self.run is None else self._saved_flat(self.best["step"])
+        return self.layout.unflatten(flat)
 
     # One outer step
 

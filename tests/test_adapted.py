@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch import nn
 import raymeta
 from raymeta import build
 from raymeta.adapted import FittedModel, TrainedLearner
+from raymeta.algorithms import MAML
 from raymeta.config import load_config
 from raymeta.data.importers import import_table
 from raymeta.errors import InputError
 from raymeta.run_directory import RunDirectory
+from raymeta.tasks import Sinusoid
 
 SMALL: dict[str, Any] = {
     "outer": {"steps": 2, "tasks_per_step": 2},
@@ -322,7 +325,7 @@ def test_data_frames_are_taken_as_their_values() -> None:
     x = random.normal(size=(6, *regression.input_shape))
     y = random.normal(size=(6, regression.description["outputs"]))
     frame = pandas.DataFrame(x, columns=[f"feature {number}" for number in range(x.shape[1])])
-    expected = regression.adapt(x, y).predict(x)
+    expected, first, frame_names = regression.adapt(x, y).predict(x), x, tuple(frame.columns)
     for targets in (pandas.DataFrame(y, columns=["y"]), pandas.Series(y[:, 0], index=range(9, 3, -1))):
         np.testing.assert_array_equal(regression.adapt(frame, targets).predict(frame), expected)
     x = random.normal(size=(6, *classes.input_shape))
@@ -330,6 +333,14 @@ def test_data_frames_are_taken_as_their_values() -> None:
     fitted = classes.adapt(frame, pandas.Series(kinds, dtype="category"))
     assert fitted.labels == ("no", "yes")
     np.testing.assert_array_equal(fitted.predict_proba(frame), classes.adapt(x, kinds).predict_proba(x))
+    # By name where both have names: a frame's further columns are left out, their order is that of the training.
+    named = dataclasses.replace(regression, description={**regression.description, "features": list(frame_names)})
+    turned = pandas.DataFrame(first, columns=list(frame_names)).iloc[:, ::-1].assign(task="text")
+    np.testing.assert_array_equal(named.adapt(turned, y).predict(turned), expected)
+    with pytest.raises(
+        InputError, match=f"^x has the columns .*, and lacks '{frame_names[0]}'; the model was trained on"
+    ):
+        named.adapt(turned, y).predict(turned.drop(columns=frame_names[0]))
     with pytest.raises(InputError, match="support_x is of type object; expected numbers"):
         classes.adapt(frame.assign(**{frame.columns[0].__str__(): "text"}).iloc[:, -x.shape[1] :], kinds)
 
@@ -628,3 +639,23 @@ def test_a_gpu_predicts_what_a_cpu_does(tmp_path: Path, kind: str) -> None:
     assert np.allclose(again.outputs(queries), expected.outputs(queries), rtol=1e-3, atol=1e-3)
     (many,) = there.adapt_many([(x, labels)])
     assert np.allclose(many.outputs(queries), expected.outputs(queries), rtol=1e-3, atol=1e-3)
+
+
+def test_a_learner_of_python_objects_adapts_and_says_what_it_cannot(tmp_path: Path) -> None:
+    tasks = Sinusoid(shots=5)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    learner = MAML(inner_rate=0.05, inner_steps=2, loss=tasks.loss, metric=tasks.metric)
+    params, batch = learner.init(model, 0), tasks.tasks("test", [3])
+    fitted = TrainedLearner.of(model, learner, params, tasks).adapt(batch.support_x[0], batch.support_y[0])
+    adapted = learner.adapt(model, params, batch.support_x, batch.support_y)
+    expected = learner.predict(model, adapted, batch.query_x)[0].numpy()
+    np.testing.assert_allclose(fitted.predict(batch.query_x[0]), expected, rtol=1e-6)
+    np.testing.assert_allclose(fitted.module()(batch.query_x[0]).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match=r"^this learner was made of Python objects"):
+        fitted.save(tmp_path / "fitted.safetensors")
+    with pytest.raises(InputError, match="params"):
+        TrainedLearner.of(model, learner, dict(model.named_parameters()), tasks)
+    with pytest.raises(InputError, match=r"^inner_steps=-1; expected a whole number of 0 or more"):
+        fitted.trained.adapt(batch.support_x[0], batch.support_y[0], inner_steps=-1)
+    with pytest.raises(InputError, match=r"^task 0 is Tensor; expected a pair \(support_x, support_y\)"):
+        fitted.trained.adapt_many((batch.support_x[0], batch.support_y[0]))  # type: ignore[arg-type]

@@ -78,8 +78,9 @@ def test_demands_on_the_data_are_checked_for_training_and_evaluation_apart() -> 
     message = refused(OMNIGLOT, "evaluation.queries=20")
     assert "split 'validation' has 0 classes" in message
     assert "in validation and test, with evaluation.queries=20" in message
+    assert "its largest class has 20. Lower evaluation.queries or tasks.shots." in message
     message = refused({**OMNIGLOT, "algorithm": {"name": "prototypical_networks"}}, "evaluation.ways=400")
-    assert "tasks.ways=400, but split 'validation' has 172 classes" in message
+    assert "evaluation.ways=400, but split 'validation' has 172 classes" in message
     assert "with evaluation.ways=400" in message
     assert "with evaluation.ways=1" in refused(OMNIGLOT, "evaluation.ways=1")
     # Fewer classes than the validation has are no hindrance to a larger training.
@@ -108,7 +109,7 @@ OWN_SOURCE = """
             self.seed, self.shots, self.outputs = seed, shots, outputs
 
         def tasks(self, split, indices):
-            x = torch.ones(len(indices), self.shots, 2) * self.seed
+            x = torch.ones(len(indices), self.shots, 2) * self.seed + len(split) + torch.tensor(indices)[:, None, None]
             return Episodes(x, x.sum(2, keepdim=True), x, x.sum(2, keepdim=True), torch.tensor(list(indices)))
 
         def fingerprint(self):
@@ -137,9 +138,38 @@ OWN_SOURCE = """
         loss, metric = "cross_entropy", "accuracy"
 
         def tasks(self, split, indices):
-            x = torch.ones(len(indices), self.shots, 2)
+            x = torch.ones(len(indices), self.shots, 2) * len(split)
             y = torch.arange(self.shots).expand(len(indices), -1)
             return Episodes(x, y, x, y, torch.tensor(list(indices)))
+
+    class AlikeInAllSplits(Lines):
+        def tasks(self, split, indices):
+            return super().tasks("train", indices)
+
+    class OfAGlobalGenerator(Lines):
+        def tasks(self, split, indices):
+            batch = super().tasks(split, indices)
+            object.__setattr__(batch, "query_y", torch.rand(batch.query_y.shape))
+            return batch
+
+    class Arrays(Lines):
+        def tasks(self, split, indices):
+            x = super().tasks(split, indices).support_x.numpy()
+            return Episodes(x, x, x, x, torch.tensor(list(indices)))
+
+    class Shorts(Classes):
+        def tasks(self, split, indices):
+            batch = super().tasks(split, indices)
+            y = batch.support_y.int()
+            return Episodes(batch.support_x, y, batch.query_x, y, batch.tasks)
+
+    class OneAndTwo(Lines):
+        loss, metric = "logistic", "binary_accuracy"
+
+        def tasks(self, split, indices):
+            batch = super().tasks(split, indices)
+            y = 1 + torch.arange(self.shots).expand(len(indices), -1) % 2
+            return Episodes(batch.support_x, y, batch.query_x, y, batch.tasks)
 
     class Loss(Lines):
         loss = "mean_square_error"
@@ -175,6 +205,14 @@ def test_a_task_source_of_the_users_own(own: Callable[[str], str]) -> None:
             "Classes",
             "has labels of torch.int64 from 0 to 2; expected whole numbers from 0 to 0 (outputs=1)",
         ),
+        ("AlikeInAllSplits", "task 0 of split 'train' and task 0 of split 'validation' are the same; expected other"),
+        (
+            "OfAGlobalGenerator",
+            "task 0 of split 'train' has another query_y when it is drawn again; expected a function",
+        ),
+        ("Arrays", "cannot be drawn: ValueError: support_x is a ndarray; expected a torch.Tensor"),
+        ("Shorts", "cannot be drawn: ValueError: support_y is torch.int32; expected class numbers as torch.int64"),
+        ("OneAndTwo", "has labels from 1 to 2; expected 0 and 1 (loss='logistic')"),
         ("Loss", "has loss='mean_square_error': unknown; did you mean 'mean_squared_error'?"),
         ("Failing", "cannot be made: OSError: no such archive ("),
         ("nothing", "made a int without loss, metric, outputs, input_shape, classes, tasks, fingerprint"),
@@ -215,6 +253,10 @@ OWN_MODELS = """
         def forward(self, x):
             return super().forward(x)[0]
 
+    class Pair(Nine):
+        def forward(self, x):
+            return super().forward(x), x
+
     class Frozen(Nine):
         def __init__(self):
             super().__init__()
@@ -244,6 +286,7 @@ def test_a_model_of_the_users_own(own: Callable[[str], str]) -> None:
             "puts out 9 numbers for a row, but the tasks of tasks.name=omniglot need 3 (tasks.ways",
         ),
         ("Whole", "puts out (9,) for 2 rows; expected one vector for each row, (2, 3)"),
+        ("Pair", "puts out a tuple; expected one tensor [rows, numbers]"),
         ("Raising", "cannot be made: KeyError: 'weights' ("),
         ("number", "made a int; expected a torch.nn.Module"),
     ],
@@ -257,7 +300,9 @@ def test_a_model_that_does_not_fit(part: str, says: str, own: Callable[[str], st
 def test_rows_that_a_model_cannot_take(own: Callable[[str], str]) -> None:
     message = refused({**SINUSOID, "model": {"name": f"{own(OWN_MODELS)}:Net"}})
     assert "cannot take rows of shape (1,), which tasks.name=sinusoid has: RuntimeError" in message
-    assert "conv4 takes images" in refused({**SINUSOID, "model": {"name": "conv4"}})
+    message = refused({**SINUSOID, "model": {"name": "conv4"}})
+    assert "conv4 takes images" in message
+    assert "set 'model={name: mlp}'" in message
 
 
 def test_a_model_without_a_weight_to_learn(own: Callable[[str], str]) -> None:
@@ -431,7 +476,7 @@ def test_a_trained_learner_without_its_data(tmp_path: Path) -> None:
     for kind in "abcdef":
         (images / kind).mkdir(parents=True)
         for number in range(4):
-            pixels = np.random.default_rng(number).integers(0, 255, (8, 8), np.uint8)
+            pixels = np.random.default_rng((ord(kind), number)).integers(0, 255, (8, 8), np.uint8)
             Image.fromarray(pixels).save(images / kind / f"{number}.png")
     import_images(images, tmp_path / "s.arrow", color="grayscale", fractions=(0.34, 0.33, 0.33))
     raw = {

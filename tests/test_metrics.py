@@ -22,6 +22,7 @@ from raymeta.metrics import (
     interval,
     of_classes,
     require_known,
+    shown_metric,
     students_t,
     task_losses,
     task_metrics,
@@ -156,6 +157,24 @@ def test_shapes_that_would_broadcast() -> None:
     with pytest.raises(InputError, match="a target has 2 numbers; the gaussian loss expects a mean and"):
         task_losses("gaussian", torch.randn(T, Q, 3), torch.randn(T, Q, 2))
     assert task_losses("logistic", torch.zeros(1, 1), torch.zeros(1, 1)).tolist() == pytest.approx([math.log(2)])
+
+
+def test_numeric_targets_are_no_classes() -> None:
+    """A learner without `loss` has cross entropy, which of one output is 0 whatever it puts out."""
+    numbers = torch.randn(T, Q, 1)
+    with pytest.raises(
+        InputError, match=r"^loss='cross_entropy' needs a class number .* torch.float32 and shape \(1,\)"
+    ):
+        task_losses("cross_entropy", torch.randn(T, Q, 1), numbers)
+    with pytest.raises(InputError, match=r"^metric='accuracy' needs .*; the tasks have targets of torch.float32\."):
+        task_metrics("accuracy", torch.randn(T, Q, 1), numbers[..., 0])
+    with pytest.raises(InputError, match=r"loss is a function; expected a name: one of cross_entropy, "):
+        MAML(loss=F.mse_loss)  # type: ignore[arg-type]
+
+
+def test_a_single_task_is_shown_without_an_interval() -> None:
+    assert shown_metric("accuracy", 0.5, math.nan) == "accuracy 50.00 % (one task: no interval)"
+    assert shown_metric("mean_squared_error", 0.5, 0.25) == "mean squared error 0.5000 ± 0.2500"
 
 
 def test_the_interval_by_hand() -> None:

@@ -61,10 +61,11 @@ def test_commands_parse(line: str, own_modules: Path) -> None:
         load_config(source, arguments) if source else load_config(overrides=arguments)
 
 
-def test_the_first_two_python_blocks_run(tmp_path: Path) -> None:
+def test_the_first_three_python_blocks_run(tmp_path: Path) -> None:
     """Few outer steps in place of the README's 500: the code is what is tested."""
-    first, second = [text for language, text in BLOCKS if language == "python"][:2]
-    code = first.replace("steps=500", "steps=20").replace("every_steps=250", "every_steps=10") + second
+    first, *others = [text for language, text in BLOCKS if language == "python"][:3]
+    code = first.replace("steps=500", "steps=20").replace("every_steps=250", "every_steps=10") + "".join(others)
+    code += "\nassert fitted.predict(batch.query_x[0]).shape == (10, 1)"
     code += "\nassert outputs.shape == (3, 10, 1) and total.mean().shape == (1761,)\n"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False

@@ -474,6 +474,19 @@ def test_the_test_split_is_drawn_once_at_the_end_with_the_best_parameters(tmp_pa
     again = trainer_of(parts, None, outer, evaluation, chunk_tasks=4)
     assert again.fit() == test
     assert torch.equal(again.flat, latest)
+    best_flat = trainer.layout.flatten(RunDirectory(tmp_path).load("best").params)
+    for one in (trainer, again):  # for the user's further code: what was tested, not what came last
+        assert torch.equal(one.layout.flatten(one.best_params), best_flat)
+    untrained = trainer_of(parts, None, outer, evaluation)
+    assert torch.equal(untrained.layout.flatten(untrained.best_params), untrained.flat)
+
+
+def test_a_run_that_is_not_open_for_writing_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    parts = parts_of(Sinusoid())
+    with pytest.raises(InputError, match=r"^run is a PosixPath; expected a raymeta\.run_directory\.RunDirectory"):
+        trainer_of(parts, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"is not open for writing; call its create\(\) first$"):
+        trainer_of(parts, RunDirectory(tmp_path / "run"))
 
 
 def test_validation_chooses_the_highest_accuracy(tmp_path: Path) -> None:

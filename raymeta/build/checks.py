@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import get_args
 
@@ -35,12 +36,13 @@ def check(config: Config) -> WorkerParts:
     """
     source = make_source(config)
     evaluation_source = make_evaluation_source(config, source)
-    _check_tasks(config, source, SPLITS[:1])
+    drawn = _check_tasks(config, source, SPLITS[:1])
     try:
-        _check_tasks(config, evaluation_source, SPLITS[1:])
+        drawn |= _check_tasks(config, evaluation_source, SPLITS[1:])
     except InputError as error:
         changes = evaluation_changes(config)
         raise (with_changes(error, changes) if changes else error) from error
+    _check_splits_differ(config, drawn)
     model, learner = make_model_and_learner(config, describe_source(source))
     if learner.needs_head and evaluation_source.outputs != source.outputs:
         raise InputError(
@@ -143,42 +145,70 @@ def _check_evaluation(config: Config, parts: WorkerParts, params: Params) -> Non
         ) from error
 
 
-def _check_tasks(config: Config, source: TaskSource, splits: Sequence[str]) -> None:
-    """What the source itself can check, and one task of each split: shapes, labels, numbers.
+def _check_splits_differ(config: Config, drawn: dict[str, Episodes]) -> None:
+    """Raises InputError where task 0 of two splits is one and the same, so that a test is of what was trained on."""
+    for one, other in itertools.combinations(SPLITS, 2):
+        parts = [(drawn[split].support_x, drawn[split].support_y) for split in (one, other)]
+        if all(torch.equal(a, b) for a, b in zip(*parts, strict=True)):
+            raise InputError(
+                f"tasks.name={config.tasks.name}: task 0 of split {one!r} and task 0 of split {other!r} are the same; "
+                "expected other tasks in each split: let what is drawn in tasks(split, indices) depend on the split, "
+                "as with raymeta.seeding.generator(seed, name, split, index)"
+            )
+
+
+def _check_tasks(config: Config, source: TaskSource, splits: Sequence[str]) -> dict[str, Episodes]:
+    """What the source itself can check, and one task of each split: shapes, labels, numbers, and that it is the same
+    when it is drawn again. Returns these tasks.
 
     Raises:
         InputError: naming the split and what is wrong with its first task.
     """
+    drawn = {}
     demand = getattr(source, "check", None)
     if demand is not None:
         demand(splits)
     for split in splits:
         where = f"tasks.name={config.tasks.name}: task 0 of split {split!r}"
         try:
-            batch = source.tasks(split, [0])
+            batch, again = (source.tasks(split, [0]) for _ in range(2))
         except InputError:
             raise
         except Exception as error:  # the user's task source may raise anything
             raise InputError(f"{where} cannot be drawn: {told(error)}") from error
         if not isinstance(batch, Episodes):
             raise InputError(f"{where} is a {type(batch).__name__}; expected raymeta.episodes.Episodes")
+        drawn[split] = batch
         found, expected = tuple(batch.support_x.shape[2:]), tuple(source.input_shape)
         if found != expected:
             raise InputError(f"{where} has rows of shape {found}, but its input_shape is {expected}")
-        batch = batch.filled()
+        batch, again = batch.filled(), again.filled()
         for name, values in vars(batch).items():
             if values is not None and values.is_floating_point() and not bool(torch.isfinite(values).all()):
                 raise InputError(f"{where} has a value in {name} that is not finite; remove such rows from the data")
+        for name, values in vars(batch).items():
+            if values is not None and not torch.equal(values, getattr(again, name)):
+                raise InputError(
+                    f"{where} has another {name} when it is drawn again; expected a function of split and index "
+                    "alone: draw from raymeta.seeding.generator(seed, name, split, index), not from a global generator"
+                )
         least, most = float(batch.support_x.min()), float(batch.support_x.max())
         if getattr(source, "images", False) and not 0 <= least <= most <= 1:
             raise InputError(
                 f"{where} has values from {least:g} to {most:g}, but its images=True says that they are in [0, 1]; "
                 "divide by 255"
             )
-        if source.loss == "cross_entropy":
-            labels = torch.cat([batch.support_y.flatten(), batch.query_y.flatten()])
-            if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= source.outputs:
-                raise InputError(
-                    f"{where} has labels of {labels.dtype} from {labels.min().item()} to {labels.max().item()}; "
-                    f"expected whole numbers from 0 to {source.outputs - 1} (outputs={source.outputs})"
-                )
+        labels = torch.cat([batch.support_y.flatten(), batch.query_y.flatten()])
+        if source.loss == "logistic" and not bool(((labels == 0) | (labels == 1)).all()):
+            raise InputError(
+                f"{where} has labels from {labels.min().item()} to {labels.max().item()}; expected 0 and 1 "
+                "(loss='logistic')"
+            )
+        if source.loss == "cross_entropy" and (
+            labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= source.outputs
+        ):
+            raise InputError(
+                f"{where} has labels of {labels.dtype} from {labels.min().item()} to {labels.max().item()}; expected "
+                f"whole numbers from 0 to {source.outputs - 1} (outputs={source.outputs})"
+            )
+    return drawn

@@ -99,7 +99,12 @@ def _check_model(
     rows = torch.zeros(1, 2, *input_shape, dtype=dtype)
     try:
         with torch.no_grad(), explained(prepared, weights, rows[0]):
-            found = tuple(prepared.outputs({}, weights, rows).shape[1:])
+            given = prepared.outputs({}, weights, rows)
+            if not isinstance(given, torch.Tensor):
+                raise InputError(
+                    f"model.name={name} puts out a {type(given).__name__}; expected one tensor [rows, numbers]"
+                )
+            found = tuple(given.shape[1:])
     except InputError:
         raise
     except Exception as error:

@@ -66,9 +66,12 @@ def _made_source(config: Config, changes: Mapping[str, int]) -> TaskSource:
 
 
 def with_changes(error: InputError, changes: Mapping[str, int]) -> InputError:
-    """The task source's own sentence, which says `tasks.`, with what `evaluation` set."""
+    """The task source's own sentence, which says `tasks.`, for what `evaluation` set."""
     settings = ", ".join(f"evaluation.{name}={value}" for name, value in changes.items())
-    return InputError(f"{error} (in validation and test, with {settings})")
+    said = str(error)
+    for name in changes:  # what is to be changed stands in `evaluation`
+        said = said.replace(f"tasks.{name}", f"evaluation.{name}")
+    return InputError(f"{said} (in validation and test, with {settings})")
 
 
 def describe_source(source: TaskSource) -> dict[str, Any]:

@@ -15,7 +15,10 @@ def print_summaries(found: dict[str, Any], first: str) -> None:
     from raymeta.metrics import shown_metric
 
     kinds = sorted(STATISTICS, key=lambda kind: kind != first)
-    alike = all(found[kinds[0]][name] == found[kinds[1]][name] for name in ("mean", "ci95", "loss"))
+    alike = all(
+        found[kinds[0]][name] == found[kinds[1]][name] or found[kinds[0]][name] != found[kinds[0]][name]  # nan
+        for name in ("mean", "ci95", "loss")
+    )
     for kind in kinds[:1] if alike else kinds:
         one = found[kind]
         print(

@@ -277,7 +277,8 @@ def import_examples(
         while part := list(itertools.islice(counted, IMAGES_IN_A_PART)):
             xs, labels = [], []
             for number, (x, label) in part:
-                x, name = _example_x(x), _example_label(label, f"example {number}")
+                where = f"example {number}"
+                x, name = _example_x(x, where), _example_label(label, where)
                 like = x if like is None else like
                 if (x.shape, x.dtype) != (like.shape, like.dtype):
                     raise InputError(
@@ -311,15 +312,30 @@ def _items(examples: Any) -> Iterator[tuple[int, tuple[Any, Any]]]:
         yield number, (example[0], example[1])
 
 
-def _example_x(x: Any) -> np.ndarray:
+def _example_x(x: Any, where: str) -> np.ndarray:
     if isinstance(x, Image.Image):
         pixels = np.asarray(x)
         return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels
     array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
-    return array if array.dtype == np.uint8 else array.astype(np.float32)
+    if array.dtype == np.uint8:
+        return array
+    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise InputError(f"{where} has an x of {array.dtype}; expected numbers, or a picture.")
+    made = array.astype(np.float32)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and made.max(initial=0) > 1:
+        raise InputError(
+            f"{where} has an x of shape {array.shape} and {array.dtype} with values up to {made.max():g}; expected "
+            "pixels as uint8 (0 to 255), or floating in [0, 1]."
+        )
+    return made
 
 
 def _example_label(label: Any, where: str) -> str:
+    if getattr(label, "ndim", 0) or (hasattr(label, "numel") and label.numel() != 1):
+        raise InputError(
+            f"{where} has a label of shape {tuple(label.shape)}; expected one text or whole number. (A DataLoader "
+            "gives batches: give its dataset. Of one-hot labels take the argmax.)"
+        )
     plain = label.item() if hasattr(label, "item") else label  # of NumPy or torch
     if isinstance(plain, bool) or not isinstance(plain, str | int) or plain == "":
         raise InputError(f"{where} has the label {plain!r}; expected a text or a whole number.")

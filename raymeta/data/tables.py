@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -144,9 +145,15 @@ def to_text(path: Path, batch: pa.RecordBatch, name: str, first_row: int) -> lis
 
 
 def to_numbers(
-    path: Path, batch: pa.RecordBatch, names: Sequence[str], first_row: int, shape: tuple[int, ...] | None = None
+    path: Path,
+    batch: pa.RecordBatch,
+    names: Sequence[str],
+    first_row: int,
+    shape: tuple[int, ...] | None = None,
+    floats: type[np.floating[Any]] = np.float32,
 ) -> np.ndarray:
-    """The columns as one array [rows, *shape]: uint8 for a tensor column of uint8, otherwise float32.
+    """The columns as one array [rows, *shape] of `floats`; of uint8 for a tensor column of uint8, if `floats` is
+    float32.
 
     Args:
         shape: what each row must have, for a list column whose type does not say it; None: as the first row has it.
@@ -155,14 +162,16 @@ def to_numbers(
         InputError: an empty value, NaN or infinity, or a row of another length, naming row and column.
     """
     if is_tensor(batch.schema.field(names[0]).type):
-        return _tensor_column(path, batch.column(names[0]), names[0], first_row, shape)
-    out = np.empty((len(batch), len(names)), np.float32)
+        made = _tensor_column(path, batch.column(names[0]), names[0], first_row, shape)
+        return made if floats is np.float32 else made.astype(floats)
+    out = np.empty((len(batch), len(names)), floats)
     for position, name in enumerate(names):
         column = batch.column(name)
         _require_no_null(path, column, name, first_row)
-        with np.errstate(over="ignore"):  # beyond float32: found below
+        with np.errstate(over="ignore"):
             out[:, position] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    _require_finite(path, out, names, first_row)
+    with np.errstate(over="ignore"):  # beyond float32: found below
+        _require_finite(path, out.astype(np.float32), names, first_row)
     return out
 
 

@@ -38,7 +38,8 @@ class Conv4(nn.Module):
         super().__init__()
         if len(input_shape) != 3:
             raise InputError(
-                f"conv4 takes images (C, height, width); a row of the tasks has shape {tuple(input_shape)}"
+                f"conv4 takes images (C, height, width); a row of the tasks has shape {tuple(input_shape)}. For rows "
+                "of numbers set 'model={name: mlp}'"
             )
         least = 2**blocks if downsampling == "max_pool" else 1
         if min(input_shape[1:]) < least:

@@ -54,7 +54,7 @@ class ResNet12(nn.Module):
         if len(input_shape) != 3 or min(input_shape[1:]) < least:
             raise InputError(
                 f"resnet12 takes images (C, height, width) of at least {least} x {least}; "
-                f"a row of the tasks has shape {tuple(input_shape)}"
+                f"a row of the tasks has shape {tuple(input_shape)}. For rows of numbers set 'model={{name: mlp}}'"
             )
         channels = (input_shape[0], *widths)
         self.blocks = nn.Sequential(*(_Block(before, after, pool=True) for before, after in pairwise(channels)))

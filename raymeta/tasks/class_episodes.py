@@ -131,6 +131,10 @@ class ClassEpisodes:
             for split, numbers in self._splits.items()
         }
 
+    def _largest(self, split: str) -> int:
+        """The most rows that a class of the split has."""
+        return int(np.diff(self.data.class_starts)[self._splits[split]].max())
+
     def check(self, splits: Sequence[str] = SPLITS) -> None:
         """Everything that can be known before a task is drawn.
 
@@ -174,9 +178,11 @@ class ClassEpisodes:
                 f"fraction above 0 for it, or choose another tasks.split_scheme."
             )
         rows = "images" if self.data.dtype == np.uint8 else "rows"
+        lower = "tasks.ways, tasks.shots or tasks.queries" if found else "tasks.queries or tasks.shots"
         return (
             f"tasks.ways={self.ways}, but split {split!r} has {found} classes with the {needed} {rows} that "
-            f"shots={self.shots} and queries={self.queries} need. Lower tasks.ways or tasks.queries."
+            f"shots={self.shots} and queries={self.queries} need; its largest class has {self._largest(split)}. Lower "
+            f"{lower}."
         )
 
     def tasks(self, split: str, indices: Sequence[int]) -> Episodes:

@@ -7,6 +7,7 @@ feature columns and target columns. Legend: T tasks, F features, D targets.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -24,6 +25,8 @@ from raymeta.errors import InputError
 from raymeta.seeding import generator
 from raymeta.tasks.drawing import checked_indices, fingerprint_of, require_at_least, require_one_of, task_numbers
 from raymeta.tasks.source import SPLITS, Standardisation
+
+log = logging.getLogger(__name__)
 
 STANDARDISE = ("none", "features", "features_and_targets")
 
@@ -127,6 +130,28 @@ class RegressionTable:
         """
         for split in splits:
             self._require_drawable(split)
+        if SPLITS[0] in splits:
+            self._warn_of_sizes()
+
+    def _warn_of_sizes(self) -> None:
+        """Of columns that no usual inner or outer rate is meant for, as they are."""
+        data = self._data
+        features, targets = self.feature_names, self.targets
+        for values, names, what, standardised in (
+            (data.x, features, "features", self.standardise != "none"),
+            (data.y, targets, "targets", self.standardise == "features_and_targets"),
+        ):
+            if standardised or values.ndim != 2 or len(names) != values.shape[1]:
+                continue
+            size, spread = np.abs(values).max(0), values.std(0, dtype=np.float64)
+            far = np.flatnonzero((size > 100) | ((spread > 0) & (spread < 1e-3 * size)))
+            if len(far):
+                log.warning(
+                    "%s: the column %r among the %s has values up to %.4g that spread by %.4g; consider "
+                    "tasks.standardise=features_and_targets (now %s)",
+                    self.path, names[far[0]], what, size[far[0]], spread[far[0]], self.standardise,
+                )  # fmt: skip
+                return
 
     def task_names(self, split: str, indices: Sequence[int]) -> list[str]:
         """The value of the task column of each task."""
@@ -208,8 +233,8 @@ class RegressionTable:
             named = random_splits(self.fractions, self.split_seed, "tasks")(names)["random"]
         splits = {split: np.array(sorted(number_of[name] for name in named[split]), np.int64) for split in SPLITS}
         checksum = hashlib.sha256(repr((names, x.shape, y.shape)).encode())
-        checksum.update(x.data)
-        checksum.update(y.data)
+        checksum.update(x.astype(np.float32).data)
+        checksum.update(y.astype(np.float32).data)
         training = np.isin(numbers[order], splits["train"])
         x, x_mean, x_scale = _standardised(x, training, self.standardise != "none")
         y, y_mean, y_scale = _standardised(y, training, self.standardise == "features_and_targets")
@@ -227,6 +252,11 @@ class RegressionTable:
         for name in self.targets:
             tables.require_column(path, schema, name, "the targets (tasks.targets)")
         targets = tables.feature_columns(path, schema, self.targets, words)
+        taken = {**dict.fromkeys(targets, "tasks.targets"), self.task_column: "tasks.task_column"}
+        taken |= {} if self.split_column is None else {self.split_column: "tasks.split_column"}
+        for name in self.features or ():
+            if name in taken:
+                raise InputError(f"tasks.features names the column {name!r}, which {taken[name]} names, too.")
         features = tables.feature_columns(path, schema, self.features, [*words, *targets])
         given = GivenSplit("task") if self.split_column is not None else None
         labels: list[str] = []
@@ -242,8 +272,8 @@ class RegressionTable:
                     given.add(here[row], split, f"{path}, row {first_row + row}, column {self.split_column!r}")
             labels += here
             shape = x_parts[0].shape[1:] if x_parts else None
-            x_parts.append(tables.to_numbers(path, batch, features, first_row, shape).astype(np.float32))
-            y_parts.append(tables.to_numbers(path, batch, targets, first_row).astype(np.float32).reshape(len(here), -1))
+            x_parts.append(tables.to_numbers(path, batch, features, first_row, shape, np.float64))
+            y_parts.append(tables.to_numbers(path, batch, targets, first_row, None, np.float64).reshape(len(here), -1))
         if not labels:
             raise InputError(f"{path} has no rows.")
         return labels, given, np.concatenate(x_parts), np.concatenate(y_parts)
@@ -253,9 +283,9 @@ def _standardised(values: np.ndarray, training: np.ndarray, wanted: bool) -> tup
     """`values` by mean and standard deviation of the rows in `training`, and these; a constant column has scale 1."""
     width = values.shape[1:]
     if not wanted or not training.any():
-        return values, np.zeros(width, np.float32), np.ones(width, np.float32)
-    rows = values[training].astype(np.float64)
+        return values.astype(np.float32), np.zeros(width), np.ones(width)
+    rows = values[training]
     mean, scale = rows.mean(0), rows.std(0)
     scale[scale == 0] = 1
-    made = ((values - mean) / scale).astype(np.float32)
-    return made, mean.astype(np.float32), scale.astype(np.float32)
+    # Before they are cut to float32: of seconds since 1970 that leaves every 128th.
+    return ((values - mean) / scale).astype(np.float32), mean, scale

@@ -459,6 +459,9 @@ def test_a_dataset_of_tensors_and_one_of_pictures(tmp_path: Path) -> None:
         ([(np.zeros(3), "a"), np.zeros(3)], r"^example 1 is ndarray; expected a pair"),
         ([(np.zeros(3), "a"), (np.array([0, np.nan, 0]), "b")], "NaN"),
         ([(np.zeros(3), "a")], "two classes"),
+        ([(np.zeros(3), np.eye(3)[0])], r"^example 0 has a label of shape \(3,\); expected one .* a DataLoader|argmax"),
+        ([(np.array(["x"]), "a")], r"^example 0 has an x of <U1; expected numbers, or a picture"),
+        ([(np.full((1, 4, 4), 200), "a")], r"^example 0 has an x of shape \(1, 4, 4\) and int64 with values up to 200"),
         ([], "no rows|no examples"),
     ],
 )

@@ -235,7 +235,7 @@ def test_too_few_classes_or_rows_are_refused() -> None:
     source = ClassEpisodes(marked_store(), ways=20, shots=1, queries=2)
     with pytest.raises(InputError, match=r"tasks\.ways=20, but split 'train' has 12 classes with the 3 images that"):
         source.check()
-    with pytest.raises(InputError, match=r"shots=1 and queries=2 need\. Lower tasks\.ways or tasks\.queries\."):
+    with pytest.raises(InputError, match=r"shots=1 and queries=2 need; its largest class has 8\. Lower tasks\.ways, "):
         source.tasks("test", [0])
     dataclasses.replace(source, ways=12).check(["train"])
     with pytest.raises(InputError, match=r"tasks\.ways=12, but split 'validation' has 6 classes"):

@@ -193,3 +193,43 @@ def test_what_the_table_cannot_give_is_refused(source: RegressionTable, tmp_path
 def test_settings_out_of_range_are_refused(change: dict[str, object], match: str) -> None:
     with pytest.raises(InputError, match=match):
         RegressionTable("t.csv", **change)  # type: ignore[arg-type]
+
+
+def times(path: Path) -> Path:
+    """A column of seconds since 1970, of which float32 keeps every 128th."""
+    random = np.random.default_rng(0)
+    task = np.repeat(np.arange(10), 20)
+    time = 1.7e9 + random.uniform(0, 100, len(task))
+    pa.parquet.write_table(pa.table({"task": task.astype(str), "time": time, "dose": time - 1.7e9}), path)
+    return path
+
+
+def test_numbers_are_cut_to_float32_after_they_are_standardised(tmp_path: Path) -> None:
+    source = RegressionTable(str(times(tmp_path / "t.parquet")), ("dose",), shots=5, queries=15, standardise="features")
+    batch = source.tasks("train", [0])
+    x = torch.cat([batch.support_x, batch.query_x], 1)[0, :, 0]
+    dose = torch.cat([batch.support_y, batch.query_y], 1)[0, :, 0]
+    assert len(x.unique()) == 20
+    units = source.standardisation
+    assert units is not None
+    np.testing.assert_allclose(x.double() * units.x_scale[0] + (units.x_mean[0] - 1.7e9), dose, atol=1e-3)
+
+
+def test_columns_of_no_usual_size_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(times(tmp_path / "t.parquet"))
+    RegressionTable(path, ("dose",), shots=5).check()
+    (record,) = caplog.records
+    assert "the column 'time' among the features has values up to 1.7e+09 that spread by" in record.getMessage()
+    assert "consider tasks.standardise=features_and_targets (now none)" in record.getMessage()
+    caplog.clear()
+    RegressionTable(path, ("dose",), shots=5, standardise="features_and_targets").check()
+    assert not caplog.records
+
+
+def test_a_target_is_no_feature(tmp_path: Path) -> None:
+    path = str(times(tmp_path / "t.parquet"))
+    for name, setting in (("dose", "targets"), ("task", "task_column")):
+        with pytest.raises(
+            InputError, match=rf"^tasks\.features names the column '{name}', which tasks\.{setting} names"
+        ):
+            RegressionTable(path, ("dose",), features=("time", name), shots=5).check()
