@@ -171,6 +171,18 @@ OWN_SOURCE = """
             y = 1 + torch.arange(self.shots).expand(len(indices), -1) % 2
             return Episodes(batch.support_x, y, batch.query_x, y, batch.tasks)
 
+    class Mixing(Lines):
+        loss = __name__ + ":mixed"
+
+    def mixed(outputs, targets):
+        return (outputs - targets[:, 0]).square().mean(1)  # [R, 1] - [R] is [R, R]
+
+    class Own(Lines):
+        loss = __name__ + ":own"
+
+    def own(outputs, targets):
+        return (outputs - targets).square().mean(1)
+
     class Loss(Lines):
         loss = "mean_square_error"
 
@@ -192,6 +204,7 @@ def test_a_task_source_of_the_users_own(own: Callable[[str], str]) -> None:
     with build.make_pool(config) as pool:
         test = build.make_trainer(config, parts, pool, None).fit()
     assert test["batch"]["episodes"] == 4
+    build.check(load_config({**SINUSOID, "tasks": {"name": f"{name}:Own"}}))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +226,7 @@ def test_a_task_source_of_the_users_own(own: Callable[[str], str]) -> None:
         ("Arrays", "cannot be drawn: ValueError: support_x is a ndarray; expected a torch.Tensor"),
         ("Shorts", "cannot be drawn: ValueError: support_y is torch.int32; expected class numbers as torch.int64"),
         ("OneAndTwo", "has labels from 1 to 2; expected 0 and 1 (loss='logistic')"),
+        ("Mixing", ":mixed gives other numbers for rows together than for each row alone; expected from outputs"),
         ("Loss", "has loss='mean_square_error': unknown; did you mean 'mean_squared_error'?"),
         ("Failing", "cannot be made: OSError: no such archive ("),
         ("nothing", "made a int without loss, metric, outputs, input_shape, classes, tasks, fingerprint"),

@@ -22,6 +22,7 @@ from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.evaluation import evaluate_tasks
 from raymeta.fits import read_about
+from raymeta.metrics import task_losses, task_metrics
 from raymeta.params import Params, model_params
 from raymeta.tasks.fitted import FittedTasks
 from raymeta.tasks.source import SPLITS, TaskSource
@@ -52,6 +53,7 @@ def check(config: Config) -> WorkerParts:
     params = learner.init(model, config.seed)
     if isinstance(learner, GradientLearner):
         learner.fast_names(tuple(model_params(params)))
+    _check_own_functions(config, learner, source, drawn[SPLITS[0]])
     fitted = with_fits(config, source)
     _check_learner(config, fitted, model, learner, params)
     parts = WorkerParts(fitted, evaluation_source, model, learner)
@@ -92,6 +94,26 @@ def same_data(config: Config, source: TaskSource, trained_on: str | None, overri
             "command line that they are others, by a setting of the tasks, such as tasks.path or tasks.store."
         )
     return False
+
+
+def _check_own_functions(config: Config, learner: Learner, source: TaskSource, batch: Episodes) -> None:
+    """Raises InputError for a loss or metric of the user's own that mixes rows, as where [R, 1] and [R] broadcast."""
+    draw = torch.Generator().manual_seed(0)
+    targets = batch.filled().support_y[:1]
+    if targets.is_floating_point():  # a task's own may be all alike, and then say nothing
+        targets = targets + torch.randn(targets.shape, generator=draw)
+    outputs = torch.randn((*targets.shape[:2], source.outputs), generator=draw)
+    for setting, name, function in (("loss", learner.loss, task_losses), ("metric", learner.metric, task_metrics)):
+        if ":" not in name:
+            continue
+        whole = function(name, outputs, targets)
+        rows = [function(name, outputs[:, [row]], targets[:, [row]]) for row in range(outputs.shape[1])]
+        if not torch.allclose(whole, torch.stack(rows).mean(0), rtol=1e-4, atol=1e-5, equal_nan=True):
+            raise InputError(
+                f"tasks.name={config.tasks.name}: {setting}={name} gives other numbers for rows together than for each "
+                f"row alone; expected from outputs {tuple(outputs.shape[1:])} and targets {tuple(targets.shape[1:])} a "
+                "number for each row, of that row alone (do shapes like [R, 1] and [R] broadcast?)"
+            )
 
 
 def _check_learner(config: Config, source: TaskSource, model: nn.Module, learner: Learner, params: Params) -> None:
