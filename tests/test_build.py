@@ -362,6 +362,11 @@ def test_every_learner_builds_on_classes_and_where_it_has_a_meaning_on_regressio
         assert parts.learner.loss == "mean_squared_error"  # type: ignore[attr-defined]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_here_is_refused_before_a_run_directory_is_made() -> None:
+    assert "this machine has no GPU that torch can use" in refused(SINUSOID, "workers.device=cuda")
+
+
 def test_what_a_learner_refuses_is_refused_before_a_worker() -> None:
     message = refused({**OMNIGLOT, "algorithm": {"name": "meta_sgd", "outer_gradient": "displacement"}})
     assert message.startswith("algorithm.outer_gradient='displacement'; expected")

@@ -26,6 +26,7 @@ from raymeta.metrics import task_losses, task_metrics
 from raymeta.params import Params, model_params
 from raymeta.tasks.fitted import FittedTasks
 from raymeta.tasks.source import SPLITS, TaskSource
+from raymeta.workers.device import choose_device
 from raymeta.workers.worker import WorkerParts, lacking_to_compile
 
 
@@ -35,6 +36,8 @@ def check(config: Config) -> WorkerParts:
     Raises:
         InputError: settings, data or model that do not fit each other.
     """
+    if config.workers.backend == "local":
+        choose_device(config.workers.device)
     source = make_source(config)
     evaluation_source = make_evaluation_source(config, source)
     drawn = _check_tasks(config, source, SPLITS[:1])
