@@ -37,6 +37,7 @@ from raymeta.seeding import torch_generator
 
 WEIGHT, CENTRE, PRESENT = "weight", "centre", "present"
 GENERATOR, ENCODER, JUDGE = "generator.", "encoder.", "judge."
+TO_ROWS, TO_LATENT = "linear.generator", "linear.encoder"
 LEAST_SQUARE = 1e-6  # of what a reconstruction misses, against a logarithm of 0
 
 
@@ -78,8 +79,8 @@ class Augmentation(EmbeddingLearner):
     @abstractmethod
     def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         """[T] what the learner's own perceptrons descend, for embeddings x [T, Q, D] of classes with the mean support
-        embeddings `centres` [T, Q, D], given standard normal noise [T, Q, Z]; all divided by sqrt(D). `mask` [T, Q]:
-        the rows that count."""
+        embeddings `centres` [T, Q, D], given standard normal noise [T, Q, Z]; both in units of `spread`. `mask`
+        [T, Q]: the rows that count."""
 
     def init(self, model: nn.Module, seed: int) -> Params:
         params = super().init(model, seed)
@@ -87,12 +88,15 @@ class Augmentation(EmbeddingLearner):
         like, draw = next(iter(params.values())), torch_generator(seed, "augmentation")
         for prefix, widths in self.perceptrons(self.embedding_size).items():
             params |= {prefix + name: value for name, value in draw_perceptron(widths, draw, like).items()}
+        linear = torch.randn((self.latent_size, self.embedding_size), generator=draw, dtype=torch.float64)
+        params[TO_ROWS] = (0.1 * linear).to(like)
         return params
 
     def generate(self, params: Params, centres: Tensor, latent: Tensor) -> Tensor:
         """[..., D] embeddings of the classes with mean embeddings `centres` [..., D], for latent [..., Z]: a class's
-        mean, and what the perceptron adds to it."""
-        return centres + perceptron(with_prefix(params, GENERATOR), torch.cat([centres, latent], -1))
+        mean, and g(z, c) = z A + perceptron(c, z). All in units of `spread`."""
+        own = perceptron(with_prefix(params, GENERATOR), torch.cat([centres, latent], -1))
+        return centres + latent @ params[TO_ROWS] + own
 
     def _hidden(self) -> list[int]:
         return [self.width] * self.depth
@@ -114,8 +118,9 @@ class Augmentation(EmbeddingLearner):
             scores = minus_squared_distances(embedded, centres)
             loss = self.losses(scores, batch.query_y, batch.query_mask)
             reported.append(loss.detach())
-            x = embedded.detach() / math.sqrt(embedded.shape[2])
-            own = _zero_where_absent(centres.detach()) / math.sqrt(embedded.shape[2])
+            own = _zero_where_absent(centres.detach())
+            unit = spread(own, ~centres.isposinf().any(2))
+            x, own = embedded.detach() / unit, own / unit
             own = F.one_hot(batch.query_y, plan.ways).to(own) @ own  # [T, Q, D] each row's class
             noise = normals(plan.keys["generator"], (x.shape[1], self.latent_size), x)
             of_generator = self.generator_loss(leaves, own, x, noise, batch.query_mask)
@@ -131,7 +136,7 @@ class Augmentation(EmbeddingLearner):
         present, real = member.any(1), member.sum((1, 2))
         centres = _zero_where_absent(prototypes(x, labels, ways, mask))
         if self.generated:
-            x = torch.cat([x, self.generated_rows(params, centres).flatten(1, 2)], 1)
+            x = torch.cat([x, self.generated_rows(params, centres, present).flatten(1, 2)], 1)
             own = torch.diag_embed(present).repeat_interleave(self.generated, 1)
             member = torch.cat([member, own], 1)
         centre = (centres * present[..., None]).sum(1, keepdim=True) / present.sum(1)[:, None, None]
@@ -142,12 +147,13 @@ class Augmentation(EmbeddingLearner):
         dual = solution(LogisticHead(member, self.ridge), rows @ rows.transpose(1, 2) / share, self.newton_steps)
         return {WEIGHT: dual.transpose(1, 2) @ rows / share, CENTRE: centre, PRESENT: present}
 
-    def generated_rows(self, params: Params, centres: Tensor) -> Tensor:
-        """[T, N, M, D] from the class means `centres` [T, N, D], divided by sqrt(D)."""
+    def generated_rows(self, params: Params, centres: Tensor, present: Tensor) -> Tensor:
+        """[T, N, M, D] from the class means `centres` [T, N, D] of the classes `present` [T, N]."""
         key = task_keys(self.seed, "generated", 0, torch.zeros(1, dtype=torch.int64), centres.device)
         latent = normals(key, (self.generated, self.latent_size), centres)[0]
-        shape = (*centres.shape[:2], self.generated)
-        return self.generate(params, centres[:, :, None].expand(*shape, -1), latent.expand(*shape, -1))
+        shape, unit = (*centres.shape[:2], self.generated), spread(centres, present)
+        own = (centres / unit)[:, :, None]
+        return self.generate(params, own.expand(*shape, -1), latent.expand(*shape, -1)) * unit[..., None]
 
     def scores(self, params: Params, fitted: Params, query: Tensor) -> Tensor:
         x = query / math.sqrt(query.shape[2]) - fitted[CENTRE]
@@ -158,9 +164,11 @@ class Augmentation(EmbeddingLearner):
 class VAEAugmentation(Augmentation):
     """The generator is the decoder of a variational autoencoder of embeddings x given their class's mean c:
         loss = -log normal(x; c + g(z, c), noise^2) + KL(q(z | x, c) | normal(0, 1)),   z from q(z | x, c),
-    divided by D. noise^2 is what fits best, for each task the mean square of what its reconstructions miss (Rybkin,
-    Daniilidis, Levine 2021, arXiv 2006.13202): one that is learned from 1 on, when embeddings differ by a twentieth,
-    drives z out of g before it has fallen. Generated are the means c + g(z, c), z from normal(0, 1).
+    divided by D. Generated are the means c + g(z, c), z from normal(0, 1). Three things keep z in g, which gradients
+    from a random start else drive out at once (a spread of 1e-8 beside that of the classes, 0.7): noise^2 is what fits
+    best, for each task the mean square of what its reconstructions miss (Rybkin, Daniilidis, Levine 2021, arXiv
+    2006.13202); both perceptrons have a linear map beside them, so that it begins as probabilistic principal
+    components; and embeddings are in units of their classes' `spread`.
     """
 
     def perceptrons(self, size: int) -> dict[str, list[int]]:
@@ -169,8 +177,15 @@ class VAEAugmentation(Augmentation):
             GENERATOR: [size + self.latent_size, *self._hidden(), size],
         }
 
+    def init(self, model: nn.Module, seed: int) -> Params:
+        params = super().init(model, seed)
+        size = params[TO_ROWS].shape[1]
+        linear = torch.randn(size, self.latent_size, generator=torch_generator(seed, "encoder"), dtype=torch.float64)
+        return {**params, TO_LATENT: (linear / math.sqrt(size)).to(params[TO_ROWS])}
+
     def generator_loss(self, params: Params, centres: Tensor, x: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
         mean, log_scale = perceptron(with_prefix(params, ENCODER), torch.cat([x - centres, centres], -1)).chunk(2, -1)
+        mean = mean + (x - centres) @ params[TO_LATENT]
         scale, size = log_scale.exp(), x.shape[2]
         made = self.generate(params, centres, mean + scale * noise)
         missed = masked_means((x - made).square().mean(2), mask)
@@ -202,6 +217,15 @@ class GANAugmentation(Augmentation):
 
         of_judge = (judged(judge, x) - 1).square() + judged(judge, made.detach()).square()
         return masked_means(0.5 * (of_judge + (judged(still, made) - 1).square()), mask)
+
+
+def spread(centres: Tensor, present: Tensor) -> Tensor:
+    """[T, 1, 1] the standard deviation of a task's class means [T, N, D] between its classes `present` [T, N], over all
+    D numbers alike: the unit in which a generator works, whatever the scale of the embeddings."""
+    counted, count = present[..., None].to(centres), present.sum(1)[:, None, None].to(centres)
+    mean = (centres * counted).sum(1, keepdim=True) / count
+    squares = ((centres - mean).square() * counted).sum((1, 2), keepdim=True)
+    return (squares / ((count - 1).clamp(min=1) * centres.shape[2])).sqrt().clamp(min=1e-12)
 
 
 def _zero_where_absent(centres: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from raymeta.algorithms import GANAugmentation, PrototypicalNetworks, VAEAugmentation
-from raymeta.algorithms.augmentation import Augmentation
+from raymeta.algorithms.augmentation import Augmentation, spread
 from raymeta.algorithms.convex_head import LogisticHead, solution
 from raymeta.algorithms.perceptron import perceptron
 from raymeta.errors import InputError
@@ -69,7 +69,7 @@ def test_generator_and_judge_each_descend_their_own(small: Any) -> None:
     loss = 6 * GAN.generator_loss(leaves, centres, x, noise, None).sum()  # means over 6 rows
     assert float(loss.detach()) == pytest.approx(of_judge(own) + of_generator(own), rel=1e-12)
     loss.backward()
-    for prefix, objective in (("judge.", of_judge), ("generator.", of_generator)):
+    for prefix, objective in (("judge.", of_judge), ("generator.", of_generator), ("linear.", of_generator)):
         part = {name: value for name, value in own.items() if name.startswith(prefix)}
         gradient = {name: leaves[name].grad for name in part}
         small.central_differences(lambda p, f=objective: f({**own, **p}), part, gradient)
@@ -88,7 +88,9 @@ def test_the_autoencoders_loss_by_hand(small: Any, masks: bool) -> None:
         for row in range(count):
             c, own, epsilon = centres[task, row], x[task, row], noise[task, row]
             mean, log_scale = perceptron(with_prefix(params, "encoder."), torch.cat([own - c, c])).split(3)
-            made = c + perceptron(with_prefix(params, "generator."), torch.cat([c, mean + log_scale.exp() * epsilon]))
+            mean = mean + (own - c) @ params["linear.encoder"]
+            z = mean + log_scale.exp() * epsilon
+            made = c + z @ params["linear.generator"] + perceptron(with_prefix(params, "generator."), torch.cat([c, z]))
             missed.append(own - made)
             unit = Normal(torch.zeros(3).double(), torch.ones(3).double())
             kl += float(kl_divergence(Normal(mean, log_scale.exp()), unit).sum())
@@ -116,12 +118,12 @@ def test_a_generator_of_nothing_adds_copies_of_the_means(small: Any, learner: Au
     """With one support row a class these change nothing: the ridge keeps its weight."""
     model, params, _ = small.problem(learner, "mlp")
     last = f"generator.{learner.depth}."
-    for name in ("weight", "bias"):
-        params[last + name] = torch.zeros_like(params[last + name])
+    for name in (f"{last}weight", f"{last}bias", "linear.generator"):
+        params[name] = torch.zeros_like(params[name])
     centres = torch.randn(2, 3, 4, dtype=torch.float64)
-    made = learner.generated_rows(params, centres)
+    made = learner.generated_rows(params, centres, torch.ones(2, 3, dtype=torch.bool))
     assert made.shape == (2, 3, 5, 4)
-    assert torch.equal(made, centres[:, :, None].expand(-1, -1, 5, -1))
+    torch.testing.assert_close(made, centres[:, :, None].expand(-1, -1, 5, -1))
     batch = small.tasks((5,), support=3)
     mask = torch.tensor([[True, True, False], [True, True, True], [True, True, True]]) if masks else None
     with_, without = (
@@ -161,10 +163,22 @@ def test_it_learns_a_known_spread(small: Any, kind: Any) -> None:
         optimizer.step()
     centres = torch.randn(1, 5, 4, generator=draw)
     with torch.no_grad():
-        made = learner.generated_rows(leaves, centres) - centres[:, :, None]
-    spread = made.std(2).mean((0, 1))
-    assert 1.2 < float(spread[0]) < 2.8, spread
-    assert float(spread[1:].max()) < 0.6, spread
+        latent = torch.randn(1, 5, 200, 2, generator=draw)
+        made = learner.generate(leaves, centres[:, :, None].expand(-1, -1, 200, -1), latent) - centres[:, :, None]
+    found = made.std(2).mean((0, 1))
+    assert 1.2 < float(found[0]) < 2.8, found
+    assert float(found[1:].max()) < 0.6, found
+
+
+def test_a_generator_works_in_units_of_the_classes_spread(small: Any) -> None:
+    """Embeddings ten times as large have generated ones ten times as far apart; a class that is absent is not in it."""
+    _, params, _ = small.problem(VAE, "mlp")
+    centres, present = torch.randn(2, 3, 4, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
+    made = VAE.generated_rows(params, centres, present)
+    torch.testing.assert_close(VAE.generated_rows(params, 10 * centres, present), 10 * made)
+    torch.testing.assert_close(spread(centres, present)[:, 0, 0], centres.var(1).mean(1).sqrt())
+    present[:, 1] = False
+    torch.testing.assert_close(spread(centres, present), spread(centres[:, [0, 2]], present[:, [0, 2]]))
 
 
 def test_settings_without_a_meaning_are_refused() -> None:
