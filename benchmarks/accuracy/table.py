@@ -75,8 +75,8 @@ def _generated(rows: list[dict[str, Any]]) -> list[str]:
     """What the generated examples give, whatever it is."""
     lines = [
         f"The same learners on the same test tasks, in %, with generated examples and without (`{WITHOUT_GENERATED}`).",
-        "More rows a class make the head's ridge weaker in proportion: not all of a gain need be the examples';",
-        "the README has what the same runs reach without examples at that ridge.",
+        "The head's ridge keeps its weight however many rows are added, and is the one that validation chooses without",
+        "them: a difference is the examples' own.",
         "",
         "| `raymeta evaluate` | transductive: with | without | gain | inductive: with | without | gain |",
         "|---|---|---|---|---|---|---|",
