@@ -179,7 +179,7 @@ class AmortisedHead(LearnedMap, EmbeddingLearner):
         scores = rows @ weight.transpose(1, 2)
         slope = self.fit_decay * weight - head.residual(scores).transpose(1, 2) @ rows
         counts = head.counts.sum(1)
-        losses = [head.loss(value) / counts for value in (torch.zeros_like(scores), scores)]
+        losses = [head.loss(value).sum(1) / counts for value in (torch.zeros_like(scores), scores)]
         norm = (slope / counts[:, None, None]).flatten(1).norm(dim=1)
         return Optima(weight.flatten(1).to(x), losses[0].to(x), losses[1].to(x), norm.to(x))
 
