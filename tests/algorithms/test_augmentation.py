@@ -58,11 +58,15 @@ def test_generator_and_judge_each_descend_their_own(small: Any) -> None:
         return perceptron(with_prefix(params, "judge."), torch.cat([of - centres, centres], -1))
 
     def of_judge(params: Params) -> float:
-        made = GAN.generate(params, centres, noise)
-        return float(0.5 * ((judged(params, x) - 1).square() + judged(params, made).square()).sum())
+        made, real = GAN.generate(params, centres, noise), x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(judged(params, real).sum(), real)
+        penalty = 0.5 * slope.square().sum()
+        return float(0.5 * ((judged(params, x) - 1).square() + judged(params, made).square()).sum() + penalty)
 
     def of_generator(params: Params) -> float:
-        return float(0.5 * (judged(params, GAN.generate(params, centres, noise)) - 1).square().sum())
+        made = GAN.generate(params, centres, noise)
+        apart = 6 * (made - x).mean(1).square().mean(1).sum()
+        return float(0.5 * (judged(params, made) - 1).square().sum() + apart)
 
     own = {name: value for name, value in params.items() if not name.startswith("model.")}
     leaves = {name: value.clone().requires_grad_() for name, value in own.items()}
