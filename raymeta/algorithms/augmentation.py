@@ -197,11 +197,13 @@ class VAEAugmentation(Augmentation):
 @dataclass(frozen=True, kw_only=True)
 class GANAugmentation(Augmentation):
     """The generator G(z, c) = c + g(z, c) plays against a judge J(x, c), which is to tell embeddings x of the class
-    with mean c from generated ones. The judge descends 1/2 (J(x, c) - 1)^2 + 1/2 J(G(z, c), c)^2 + 1/2 |dJ/dx|^2 at real
-    x (R1; arXiv 1801.04406, equation 9, with a weight of 1), the generator 1/2 (J(G(z, c), c) - 1)^2 (arXiv 1611.04076,
-    equation 9) + the mean square over D of mean(G - c) - mean(x - c), the means over a task's rows (feature
-    matching, arXiv 1606.03498, section 3.1, of the embeddings themselves): both at once. Without the last term the generator runs
-    away from the embeddings, to 86 times their distance from the class means after 1,500 steps.
+    with mean c from generated ones. Both descend at once, the judge
+        1/2 (J(x, c) - 1)^2 + 1/2 J(G(z, c), c)^2 + 1/2 |dJ/dx|^2 at real x,
+    and the generator
+        1/2 (J(G(z, c), c) - 1)^2 + the mean square of mean(G - c) - mean(x - c), the means over a task's rows:
+    least squares (arXiv 1611.04076, equation 9), a gradient penalty of weight 1 (R1; arXiv 1801.04406, equation 9),
+    and feature matching (arXiv 1606.03498, section 3.1) of the embeddings themselves, without which the generator runs
+    away from them, to 86 times their distance from the class means after 1,500 steps.
     """
 
     def perceptrons(self, size: int) -> dict[str, list[int]]:
