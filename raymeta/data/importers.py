@@ -322,7 +322,8 @@ def _example_x(x: Any, where: str) -> np.ndarray:
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise InputError(f"{where} has an x of {array.dtype}; expected numbers, or a picture.")
     made = array.astype(np.float32)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and made.max(initial=0) > 1:
+    # (Below 0 there are no pixels: such an image was standardised, and is taken as it is.)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and made.min(initial=0) >= 0 and made.max(initial=0) > 1:
         raise InputError(
             f"{where} has an x of shape {array.shape} and {array.dtype} with values up to {made.max():g}; expected "
             "pixels as uint8 (0 to 255), or floating in [0, 1]."
