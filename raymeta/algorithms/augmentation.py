@@ -166,9 +166,9 @@ class VAEAugmentation(Augmentation):
         loss = -log normal(x; c + g(z, c), noise^2) + KL(q(z | x, c) | normal(0, 1)),   z from q(z | x, c),
     divided by D. Generated are the means c + g(z, c), z from normal(0, 1). Three things keep z in g, which gradients
     from a random start else drive out at once (generated rows then spread by 4e-7 of what real ones do about their
-    means, with the three by 0.7): noise^2 is what fits best, for each task the mean square of what its reconstructions miss (Rybkin, Daniilidis, Levine 2021, arXiv
-    2006.13202); both perceptrons have a linear map beside them, so that it begins as probabilistic principal
-    components; and embeddings are in units of their classes' `spread`.
+    means, with the three by 0.7): noise^2 is what fits best, for each task the mean square of what its reconstructions
+    miss (Rybkin, Daniilidis, Levine 2021, arXiv 2006.13202); both perceptrons have a linear map beside them, so that it
+    begins as probabilistic principal components; and embeddings are in units of their classes' `spread`.
     """
 
     def perceptrons(self, size: int) -> dict[str, list[int]]:
