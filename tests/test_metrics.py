@@ -22,7 +22,6 @@ from raymeta.metrics import (
     interval,
     of_classes,
     require_known,
-    shown_metric,
     students_t,
     task_losses,
     task_metrics,
@@ -170,11 +169,6 @@ def test_numeric_targets_are_no_classes() -> None:
         task_metrics("accuracy", torch.randn(T, Q, 1), numbers[..., 0])
     with pytest.raises(InputError, match=r"loss is a function; expected a name: one of cross_entropy, "):
         MAML(loss=F.mse_loss)  # type: ignore[arg-type]
-
-
-def test_a_single_task_is_shown_without_an_interval() -> None:
-    assert shown_metric("accuracy", 0.5, math.nan) == "accuracy 50.00 % (one task: no interval)"
-    assert shown_metric("mean_squared_error", 0.5, 0.25) == "mean squared error 0.5000 ± 0.2500"
 
 
 def test_the_interval_by_hand() -> None:

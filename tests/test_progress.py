@@ -25,7 +25,7 @@ def test_metrics_for_people() -> None:
     assert shown_metric("accuracy", 0.95125, 0.0041) == "accuracy 95.12 ± 0.41 %"
     assert shown_metric("binary_accuracy", 0.5) == "binary accuracy 50.00 %"
     assert shown_metric("mean_squared_error", 0.77123, 0.05) == "mean squared error 0.7712 ± 0.0500"
-    assert shown_metric("accuracy", 1.0, math.nan) == "accuracy 100.00 ± nan %"
+    assert shown_metric("accuracy", 1.0, math.nan) == "accuracy 100.00 % (one task: no interval)"
 
 
 def test_a_log_gets_plain_lines_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,8 @@ CHANGES = {
     "sinusoid-maml": ["tune.scheduler.grace_period=2"],
     "sinusoid-meta-sgd": ["tune.scheduler.grace_period=2"],
 }
-# The others differ from these in what `test_search_plan` tests without running it.
-SHORT = "omniglot-maml-gpu-cluster", "omniglot-maml-population-based"
+# The others differ from it in what `test_search_plan` tests without running it.
+SHORT = ("omniglot-maml-population-based",)
 
 
 def sinusoids(space: dict[str, Any], steps: int = 4, **tune: Any) -> Plan:
@@ -116,6 +116,9 @@ def test_failed_trials_are_shown_with_their_first_line(tmp_path: Path, capfd: py
     assert "Traceback" not in said
     assert json.loads((tmp_path / "search" / "trials.json").read_text())["trials"][1]["error"] == bad.error
 
+
+@pytest.mark.long
+def test_a_search_whose_trials_all_failed_is_an_error(tmp_path: Path) -> None:
     plan = sinusoids({"algorithm.inner_rate": {"grid": [1e30]}}, searcher="grid")
     with pytest.raises(RunError, match="all 1 trials failed; the first: outer step 0"):
         run_search(plan, check(plan), str(tmp_path / "failed"))
