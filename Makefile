@@ -11,7 +11,7 @@ JOBS ?= 2
 
 help:
 	@echo "make train      install, then meta-train on Omniglot (5-way 1-shot) with local Ray workers: 5 minutes"
-	@echo "make test       install, then run the tests: 12 to 20 minutes; JOBS=8: in more processes"
+	@echo "make test       install, then run the tests: 8 to 17 minutes; JOBS=8: in more processes"
 	@echo "make test-long  the tests that take minutes each"
 	@echo "make bench      install raymeta's peers too (0.5 GB), then time them: about 40 minutes; ARGS=--quick: under 2"
 	@echo "make lint       ruff and mypy"
