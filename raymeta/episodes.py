@@ -5,12 +5,10 @@ Legend of shapes: T tasks, N ways, K shots, S support rows, Q query rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 from torch import Tensor
-
-REQUIRED = ("support_x", "support_y", "query_x", "query_y", "tasks")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Episodes:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, Tensor) and (value is not None or field.name in REQUIRED):
+            if not isinstance(value, Tensor) and (value is not None or field.default is MISSING):
                 raise ValueError(f"{field.name} is a {type(value).__name__}; expected a torch.Tensor")
         for name in ("support_y", "query_y"):
             kind = getattr(self, name).dtype

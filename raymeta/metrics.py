@@ -271,7 +271,9 @@ def shown_metric(metric: str, mean: float, ci95: float | None = None) -> str:
     """A metric for people: accuracies in per cent, others as they are, with the 95 % interval where there is one (nan:
     of a single task)."""
     scale, unit, digits = (100.0, " %", 2) if metric.endswith("accuracy") else (1.0, "", 4)
-    half = "" if ci95 is None else f" ± {ci95 * scale:.{digits}f}" if ci95 == ci95 else " (one task: no interval)"
-    if half.endswith(")"):
-        return f"{metric.replace('_', ' ')} {mean * scale:.{digits}f}{unit}{half}"
-    return f"{metric.replace('_', ' ')} {mean * scale:.{digits}f}{half}{unit}"
+    value = f"{metric.replace('_', ' ')} {mean * scale:.{digits}f}"
+    if ci95 is None:
+        return f"{value}{unit}"
+    if math.isnan(ci95):
+        return f"{value}{unit} (one task: no interval)"
+    return f"{value} ± {ci95 * scale:.{digits}f}{unit}"

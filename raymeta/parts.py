@@ -109,8 +109,9 @@ def resolve_arguments(
     for key in arguments:
         if key not in known and key not in excluded:
             hint = nearest(key, settable) if settable else f"{name!r} takes no arguments."
-            whole = f" If it is of a recipe's other {section}, replace that whole: '{section}={{name: {name}}}'."
-            problems.append(f"{section}.{key}: unknown to {name!r}; {hint}{whole}")
+            if not hint.startswith("did you mean"):  # no slip of the pen
+                hint += f" If it is of a recipe's other {section}, replace that whole: '{section}={{name: {name}}}'."
+            problems.append(f"{section}.{key}: unknown to {name!r}; {hint}")
     resolved = {}
     for key, argument in settable.items():
         if key in arguments:

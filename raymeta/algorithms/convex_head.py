@@ -47,7 +47,7 @@ class Head(ABC):
 
     @abstractmethod
     def loss(self, scores: Tensor) -> Tensor:
-        """[T, N] the sum over rows, class by class, for scores [T, S, N]."""
+        """[..., T, N] the sum over rows, class by class, for scores [..., T, S, N]."""
 
     @abstractmethod
     def residual(self, scores: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ class LogisticHead(Head):
     coupled = True
 
     def _logs(self, scores: Tensor) -> Tensor:
-        return scores.masked_fill(~self.member.any(1)[:, None], -torch.inf).log_softmax(2)
+        return scores.masked_fill(~self.member.any(1)[:, None], -torch.inf).log_softmax(-1)
 
     def loss(self, scores: Tensor) -> Tensor:
-        return -self._logs(scores).where(self.member, torch.zeros_like(scores)).sum(1)
+        return -self._logs(scores).where(self.member, torch.zeros_like(scores)).sum(-2)
 
     def residual(self, scores: Tensor) -> Tensor:
         return self.member.to(scores.dtype) - self.curvature(scores)
@@ -92,7 +92,7 @@ class SupportVectorHead(Head):
         return (1 - self._signs(scores) * scores).clamp(min=0) * taken
 
     def loss(self, scores: Tensor) -> Tensor:
-        return 0.5 * self._slack(scores).square().sum(1)
+        return 0.5 * self._slack(scores).square().sum(-2)
 
     def residual(self, scores: Tensor) -> Tensor:
         return self._signs(scores) * self._slack(scores)
@@ -142,23 +142,25 @@ class _Curvature:
 def solution(head: Head, kernel: Tensor, steps: int) -> Tensor:
     """A* [T, S, N] after `steps` Newton steps from 0, for kernel [T, S, S]. No graph."""
     dual = torch.zeros(head.member.shape, dtype=kernel.dtype, device=kernel.device)
+    multiples = torch.tensor(FRACTIONS).to(kernel)
+    each = multiples[:, None, None, None]
     for _ in range(steps):
         scores = kernel @ dual
         slope = head.ridge * dual - head.residual(scores)
         change = -_Curvature(head, kernel, scores).solve(slope)
         moved = kernel @ change
-        tried = torch.stack([_objective(head, dual + f * change, scores + f * moved) for f in FRACTIONS])
+        tried = _objective(head, dual + each * change, scores + each * moved)
         # By less than rounding no other one is better: near the minimum that would be noise, four times as large.
         tried[1:] += 10 * torch.finfo(kernel.dtype).eps * tried[1:].abs()
-        dual = dual + torch.tensor(FRACTIONS).to(kernel)[tried.argmin(0)][:, None] * change
+        dual = dual + multiples[tried.argmin(0)][:, None] * change
     return dual
 
 
 def _objective(head: Head, dual: Tensor, scores: Tensor) -> Tensor:
-    """[T, N] what the head minimises, for each class or, where the classes are coupled, [T, 1] for all: |W|^2 is the
-    trace of A' K A."""
-    found = head.loss(scores) + 0.5 * head.ridge * (dual * scores).sum(1)
-    return found.sum(1, keepdim=True) if head.coupled else found
+    """[..., T, N] what the head minimises, for each class or, where the classes are coupled, [..., T, 1] for all:
+    |W|^2 is the trace of A' K A."""
+    found = head.loss(scores) + 0.5 * head.ridge * (dual * scores).sum(-2)
+    return found.sum(-1, keepdim=True) if head.coupled else found
 
 
 def implicit_solution(head: Head, kernel: Tensor, dual: Tensor) -> Tensor:

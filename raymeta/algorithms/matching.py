@@ -93,7 +93,8 @@ class MatchingNetworks(EmbeddingLearner):
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., D] / (|x|^2 + 1e-6)^(1/2): 0 where x is 0, with a derivative of 1,000 there and not of 1e8."""
+    """x [..., D] / (|x|^2 + 1e-6)^(1/2): 0 where x is 0 (as an embedding may be, and a memory at first), with a
+    derivative of 1,000 there; that of x / |x|, cut off at 1e-8, is 1e8."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 

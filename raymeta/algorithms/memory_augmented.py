@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raymeta.algorithms.lstm import draw_cell, lstm_cell
+from raymeta.algorithms.matching import unit
 from raymeta.algorithms.perceptron import draw_perceptron, perceptron
 from raymeta.algorithms.sequence_learner import SequenceLearner, centred
 from raymeta.params import Params, with_prefix
@@ -24,8 +25,6 @@ CONTROLLER, HEADS, OUTPUT = "controller.", "heads.", "output."
 # What one row hands to the next, and a task keeps of its support rows.
 HIDDEN, CELL, READ, LABEL = "hidden", "cell", "read", "late label"
 MEMORY, USAGE, READ_WEIGHTS = "memory", "usage", "read weights"
-
-EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,7 @@ class MemoryAugmentedNetwork(SequenceLearner):
         at_read, at_free = gate * before[READ_WEIGHTS], (1 - gate) * free  # [T, B, R, M]
         kept = before[MEMORY] * (1 - free.sum(2))[..., None]
         memory = kept + at_read.transpose(2, 3) @ additions + at_free.transpose(2, 3) @ keys
-        read = (sharpness * (smoothed_unit(keys) @ smoothed_unit(memory).transpose(2, 3))).softmax(3)
+        read = (sharpness * (unit(keys) @ unit(memory).transpose(2, 3))).softmax(3)
         usage = self.usage_decay * before[USAGE] + (read + at_read + at_free).sum(2)
         found = {HIDDEN: output, CELL: cell, READ: (read @ memory).flatten(2), READ_WEIGHTS: read}
         return {**found, MEMORY: memory, USAGE: usage}
@@ -148,11 +147,6 @@ def least_used(usage: Tensor, heads: int) -> Tensor:
     first); 0 elsewhere."""
     places = usage.argsort(dim=1, stable=True)[:, :heads, None]
     return (places == torch.arange(usage.shape[1], device=usage.device)).to(usage.dtype)
-
-
-def smoothed_unit(x: Tensor) -> Tensor:
-    """x [..., D] / (|x|^2 + EPSILON)^(1/2): shorter than 1, with a derivative at 0, where memories start."""
-    return x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
 
 
 def _chosen(counts: Tensor, after: Params, before: Params) -> Params:

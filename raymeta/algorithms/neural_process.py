@@ -191,8 +191,9 @@ class ConditionalNeuralProcess(EmbeddingLearner):
         rows, in the loss's unit: over the numbers of a target, whose mean the loss takes."""
         every, labels = torch.cat([support, embedded], 1), torch.cat([batch.support_y, batch.query_y], 1)
         mask = joined_mask(batch)
-        of_support = self._encoded(params, support, batch.support_y, plan.ways, batch.support_mask)
-        mean, scale = self._latent(params, self._encoded(params, every, labels, plan.ways, mask), mask)
+        pairs = self._encoded(params, every, labels, plan.ways, mask)
+        mean, scale = self._latent(params, pairs, mask)
+        of_support = pairs[:, :, : support.shape[1]]
         noise = normals(plan.keys["latent"], mean.shape[1:], mean)
         apart = divergence((mean, scale), self._latent(params, of_support, batch.support_mask)).sum(2)  # [T, N]
         if self.numeric:

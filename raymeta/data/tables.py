@@ -171,7 +171,7 @@ def to_numbers(
         with np.errstate(over="ignore"):
             out[:, position] = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # beyond float32: found below
-        _require_finite(path, out.astype(np.float32), names, first_row)
+        _require_finite(path, out.astype(np.float32, copy=False), names, first_row)
     return out
 
 
