@@ -244,7 +244,8 @@ class GradientLearner(Learner):
         rows = self.mini_batches(x.shape[1], batch.support_mask, batch.tasks, "train", step, self.inner_steps, x.device)
         given = self.step_weights(step)
         weights = None if given is None else torch.tensor(given, dtype=torch.float64).to(next(iter(params.values())))
-        return replace(super().plan(params, batch, step), rows=rows, weights=weights)
+        plan = super().plan(params, batch, step)
+        return plan if rows is None and weights is None else replace(plan, rows=rows, weights=weights)
 
     def query(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> Query:
         """The query function of a training batch: (fast, outer parameters) -> losses and metrics [T]."""

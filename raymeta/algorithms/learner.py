@@ -227,33 +227,33 @@ class Learner(ABC):
         """
         prepared, batch = self.prepared(model), batch.filled()
         with products(self.precision), explained(prepared, model_params(params), batch.support_x[0]):
-            result = self._computed(prepared, params, batch, step)
-        gradient = ParameterLayout.of(params).flatten(result.gradient)
+            gradient, totals = self._computed(prepared, params, batch, step)
+        loss, metric, numbers = totals.tolist()  # at once: a GPU is waited for at each
         bad: tuple[int, ...] = ()
-        if not _finite(gradient, result.loss):
+        # A finite sum has no summand that is not; one that is not finite may only have been too large.
+        if not math.isfinite(loss) or not (math.isfinite(numbers) or bool(torch.isfinite(gradient).all())):
             bad = self._bad_tasks(prepared, params, batch, step)
         return MetaGradient(
-            gradient=gradient,
-            tasks=len(batch),
-            metrics={"loss": _total(result.loss), self.metric: _total(result.metric)},
-            bad_tasks=bad,
-            step=step,
+            gradient=gradient, tasks=len(batch), metrics={"loss": loss, self.metric: metric}, bad_tasks=bad, step=step
         )
 
-    def _computed(self, prepared: TaskModel, params: Params, batch: Episodes, step: int) -> OuterGradient:
-        """`summed_gradient`, by a recorded program where there is one."""
+    def _computed(self, prepared: TaskModel, params: Params, batch: Episodes, step: int) -> list[Tensor]:
+        """`summed_gradient` as one vector [P] in the order of `params`, and the sums [3] (float64) of the losses, of
+        the metrics and of that vector; by a recorded program where there is one."""
         plan = self.plan(params, batch, step)
-        if not self.recordable or prepared.batching != "vmap":
-            self.require(not self.compile, "compile", "False with batching=loop, or with so many inner steps")
-            return self.summed_gradient(prepared, params, batch, plan)
-        given, names = Recordable.of(params, batch, plan), tuple(params)
+        given = Recordable.of(params, batch, plan)
 
         def function(tensors: list[Tensor]) -> list[Tensor]:
-            found = self.summed_gradient(prepared, *given.rebuilt(tensors))
-            return [*(found.gradient[name] for name in names), found.loss, found.metric]
+            own, tasks, own_plan = given.rebuilt(tensors)
+            found = self.summed_gradient(prepared, own, tasks, own_plan)
+            gradient = ParameterLayout.of(own).flatten({name: found.gradient[name] for name in own})
+            sums = found.loss.double().sum(), found.metric.double().sum(), gradient.sum().double()
+            return [gradient, torch.stack(sums)]
 
-        *gradients, loss, metric = prepared.programs.run((self, given.key), function, given.tensors, self.compile)
-        return OuterGradient(dict(zip(names, gradients, strict=True)), loss, metric)
+        if not self.recordable or prepared.batching != "vmap":
+            self.require(not self.compile, "compile", "False with batching=loop, or with so many inner steps")
+            return function(given.tensors)
+        return prepared.programs.run((self, given.key), function, given.tensors, self.compile)
 
     def recorded_inputs(self, params: Params, batch: Episodes, step: int) -> list[Tensor]:
         """The tensors that a recording of `meta_gradient` takes, the parameters first."""
@@ -324,7 +324,3 @@ def _choices(learner: type[Learner]) -> dict[str, tuple[str, ...]]:
 def _finite(*values: Tensor) -> bool:
     # A finite sum has no summand that is not; one that is not finite may only have been too large.
     return all(math.isfinite(value.sum()) or bool(torch.isfinite(value).all()) for value in values)
-
-
-def _total(values: Tensor) -> float:
-    return float(values.double().sum())

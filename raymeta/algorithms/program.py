@@ -29,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from raymeta.algorithms.cuda_graph import captured
 from raymeta.algorithms.flat_program import shortened
+from raymeta.algorithms.joined_products import join_products
 from raymeta.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Programs:
             recording = make_fx(
                 lambda *tensors: function(list(tensors)), decomposition_table=_BETTER_FUSED, tracing_mode="fake"
             )(*tensors)
+            join_products(recording)
             # The calls between its kernels in C++: Python's take as long as a third of a small model's arithmetic. (On
             # a GPU that needs CUDA's headers, which torch does not bring.)
             options = {"cpp_wrapper": tensors[0].device.type == "cpu"}

@@ -237,10 +237,19 @@ def task_model(
     of a dropout layer) is not noticed.
     """
     known = _prepared.setdefault(module, {})
-    # One walk: it is made at every call, and costs as much as the arithmetic of a tiny model.
+    # A walk of our own: it is made at every call, and `named_modules` costs as much as the arithmetic of a tiny model.
     made_from: list[Any] = []
-    for name, part in module.named_modules():
-        made_from.append((name, type(part), id(part)))
+    parts, seen = [module], set()
+    while parts:
+        part = parts.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        made_from.append((id(part), type(part)))
+        for key, child in part._modules.items():
+            if child is not None:
+                made_from.append((key, id(child)))
+                parts.append(child)
         for key, value in part._parameters.items():
             if value is not None:
                 written = None if value.requires_grad else (value.data_ptr(), value._version)

@@ -58,7 +58,8 @@ class LocalPool(WorkerPool):
             for part in self._worker.meta_gradient(params, step, [chunk], chunks, version):
                 reducer.add(part)
         total = reducer.result()
-        total = replace(total, gradient=total.gradient.to(params.device))
+        if total.gradient.device != params.device:
+            total = replace(total, gradient=total.gradient.to(params.device))
         seconds = time.perf_counter() - started
         self.timings = StepTimings(compute_seconds={0: seconds}, total_seconds=seconds)
         return total
