@@ -135,7 +135,8 @@ class Learner(ABC):
         precision: "float32": as the parameters are; "tf32": on a GPU, products of float32 numbers rounded to 10 bits
             (training alone; nothing on a CPU); "bfloat16": matrix products in bfloat16 (torch.autocast),
             parameters, losses and sums as they are.
-        kernels: "task": known layers run by kernels that know the task dimension (`raymeta.ops.task_kernels`);
+        kernels: "task": known layers run by kernels that know the task dimension (`raymeta.ops.task_kernels`: other
+            ones on a GPU than on a CPU);
             "native": by kernels of our own where there are some (`raymeta.ops.native`; on a CPU, and the machine needs
             a C compiler); "general": all by vmap's own rules; "auto": "native" where there is a compiler and a layer
             that has such a kernel, else "task".

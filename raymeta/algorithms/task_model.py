@@ -68,6 +68,7 @@ class TaskModel:
         native = batching == "vmap" and precision != "bfloat16"
         by_rule: Kernels = "task" if kernels == "auto" and not native else kernels
         self.kernels = chosen_kernels(by_rule, self.module)
+        self.on_gpu = any(value.is_cuda for value in module.parameters())
         self.has_batch_norm = any(isinstance(part, StatedBatchNorm) for part in self.module.modules())
         # The sets of fast parameters for which no function without a second derivative was found.
         self.differentiable_twice: set[tuple[str, ...]] = set()
@@ -135,12 +136,14 @@ class TaskModel:
         weight is brought there once for all inner steps, rather than at each of its uses."""
         if parameter.dim() != 4:
             return parameter.expand(tasks, *parameter.shape)
-        if self.kernels == "native" and parameter.device.type == "cpu":
+        if self.kernels == "native" or (self.kernels == "task" and self.on_gpu):
             return shared_weight(parameter, tasks)
         return dense(parameter).expand(tasks, *parameter.shape)
 
     def _lowering(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.kernels == "general" else TaskKernels(self.kernels == "native")
+        if self.kernels == "general":
+            return contextlib.nullcontext()
+        return TaskKernels(native=self.kernels == "native" and not self.on_gpu, leading=self.on_gpu)
 
     def _call(self, params: Params, x: Tensor) -> Tensor:
         if self.batching == "vmap":  # which itself refuses draws, and writing to buffers

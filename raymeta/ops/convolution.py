@@ -38,6 +38,14 @@ class Geometry(NamedTuple):
     groups: int
 
 
+class Places(NamedTuple):
+    """Where a convolution without groups puts its weight."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """[B, C', H', W'] from x [B, C, H, W], weight [C', C / G, h, w] and bias [C']; under vmap, of each task."""
     result: Tensor = _Forward.apply(x, weight, bias, geometry)

@@ -2,10 +2,14 @@
 
 The module is not changed and need not know: while `TaskKernels` is active, calls of `torch.nn.functional` that have
 such a kernel go to it, and everything else goes the general way, by vmap's own rules. So does a known call with unusual
-arguments, on a GPU, or inside a transformation of the user's own (`torch.func.grad` in a forward method).
+arguments, or inside a transformation of the user's own (`torch.func.grad` in a forward method).
 
-Two sets of kernels: those that call torch's, and those of our own (`raymeta.ops.native`), which go before them where
-they are allowed and know the call.
+Three sets of kernels, by where the task dimension lies:
+
+- beside the channels: calls of torch's kernels, for CPUs;
+- first, with convolutions as products of matrices: calls of torch's kernels, for GPUs. They go before the ones above;
+- first, kernels of our own for CPUs (`raymeta.ops.native`), which go before the ones above, too, where they are allowed
+  and know the call.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
 from raymeta.ops.attention import plain, self_attention
-from raymeta.ops.convolution import Geometry, Pair, convolution
+from raymeta.ops.convolution import Geometry, Pair, Places, convolution
 from raymeta.ops.native import layers
-from raymeta.ops.normalisation import batch_normalised
-from raymeta.ops.pooling import Window, max_pooled
+from raymeta.ops.normalisation import batch_normalised, batch_normalised_leading
+from raymeta.ops.patches import convolved
+from raymeta.ops.pooling import Window, max_pooled, max_pooled_leading
 from raymeta.ops.product import linear
 from raymeta.ops.rectifier import rectified
 
@@ -33,11 +38,13 @@ class TaskKernels(TorchFunctionMode):
 
     Args:
         native: kernels of our own go before torch's; `raymeta.ops.native.library.can_run()` must hold.
+        leading: those with the tasks first go before those with the tasks beside the channels, as is right on a GPU.
     """
 
-    def __init__(self, native: bool = False) -> None:
+    def __init__(self, native: bool = False, leading: bool = False) -> None:
         super().__init__()
         self.native = native
+        self.before: dict[Callable[..., Any], Callable[..., Any]] = _NATIVE if native else _LEADING if leading else {}
         # The call before this one, where it was a batch norm: what it returned, and what from. A ReLU that comes next
         # is one kernel with it. (What comes later may find other values there: `y += shortcut`.)
         self._normalised: _Normalised | None = None
@@ -49,11 +56,9 @@ class TaskKernels(TorchFunctionMode):
         lower = _LOWERINGS.get(func)
         if lower is None or not (_only_mapped() or func in _ANYWHERE):
             return func(*args, **(kwargs or {}))
-        if not self.native:
-            return lower(*args, **(kwargs or {}))
         if lower is _relu and before is not None:
             return _after_batch_norm(before, *args, **(kwargs or {}))
-        result = _NATIVE.get(lower, lower)(*args, **(kwargs or {}))
+        result = self.before.get(lower, lower)(*args, **(kwargs or {}))
         if isinstance(result, _Normalised):
             self._normalised = result
             return result.y
@@ -81,12 +86,19 @@ def _conv2d(
     if around is None or input.dim() != 4 or weight.dim() != 4 or not _known(input):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     geometry = Geometry(_pair(stride), around, _pair(dilation), groups)
-    if not torch.is_autocast_enabled("cpu") or input.dtype == torch.float64:  # which autocast leaves alone
-        return convolution(input, weight, bias, geometry)
-    # The product alone in low precision: what follows (bias, statistics) is summed up in the inputs' own.
-    low = torch.get_autocast_dtype("cpu")
-    with torch.autocast("cpu", enabled=False):
-        product = convolution(input.to(low), weight.to(low), None, geometry).to(weight.dtype)
+    return _in_low_precision(lambda x, w, b: convolution(x, w, b, geometry), input, weight, bias)
+
+
+def _in_low_precision(
+    kernel: Callable[[Tensor, Tensor, Tensor | None], Tensor], input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What the kernel makes of the three, under autocast its product alone in low precision: what follows (bias,
+    statistics) is summed up in the inputs' own."""
+    if not _autocast(input) or input.dtype == torch.float64:  # which autocast leaves alone
+        return kernel(input, weight, bias)
+    low, device = torch.get_autocast_dtype(input.device.type), input.device.type
+    with torch.autocast(device, enabled=False):
+        product = kernel(input.to(low), weight.to(low), None).to(weight.dtype)
         return product if bias is None else product + bias[:, None, None]
 
 
@@ -116,14 +128,47 @@ def _max_pool2d(
     return max_pooled(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
 
 
+def _leading_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    around = _around(padding, weight, _pair(dilation)) if weight.dim() == 4 else None
+    if groups != 1 or around is None or not _alike(input, weight, bias):
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+    places = Places(_pair(stride), around, _pair(dilation))
+    if not layers.fits(input, weight, bias, places):  # torch says what is wrong
+        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _in_low_precision(lambda x, w, b: convolved(x, w, b, places), input, weight, bias)
+
+
+def _leading_batch_norm(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    refused = input.dim() < 2 or input.numel() <= input.shape[1] or not _alike(input, weight, bias)
+    unlike = any(value is not None and value.shape != input.shape[1:2] for value in (weight, bias))
+    if not training or running_mean is not None or unlike or refused:
+        return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return batch_normalised_leading(input, weight, bias, eps)
+
+
+def _leading_max_pool2d(
+    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:  # fmt: skip
+    if return_indices or input.dim() != 4 or not _alike(input):
+        return _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return max_pooled_leading(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
+
+
 def _native_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
     around = _around(padding, weight, _pair(dilation)) if weight.dim() == 4 else None
-    if groups != 1 or around is None or torch.is_autocast_enabled("cpu") or not _real(input, weight, bias):
+    if groups != 1 or around is None or _autocast(input) or not _real(input, weight, bias):
         return _conv2d(input, weight, bias, stride, padding, dilation, groups)
-    places = layers.Places(_pair(stride), around, _pair(dilation))
+    places = Places(_pair(stride), around, _pair(dilation))
     if not layers.fits(input, weight, bias, places):  # torch says what is wrong
         return _conv2d(input, weight, bias, stride, padding, dilation, groups)
     return layers.convolution(input, weight, bias, places)
@@ -133,7 +178,7 @@ def _native_batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | _Normalised:  # fmt: skip
-    refused = input.dim() not in (2, 4) or input.numel() <= input.shape[1] or torch.is_autocast_enabled("cpu")
+    refused = input.dim() not in (2, 4) or input.numel() <= input.shape[1] or _autocast(input)
     unlike = any(value is not None and value.shape != input.shape[1:2] for value in (weight, bias))
     if not training or running_mean is not None or unlike or refused or not _real(input, weight, bias):
         return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -161,7 +206,7 @@ def _native_layer_norm(
     alike = shape == tuple(normalized_shape) and all(value is None or value.shape == shape for value in (weight, bias))
     if not shape or not alike or not input.numel():  # torch says what is wrong
         return _layer_norm(input, normalized_shape, weight, bias, eps)
-    if torch.is_autocast_enabled("cpu") or not _real(input, weight, bias):
+    if _autocast(input) or not _real(input, weight, bias):
         return _layer_norm(input, normalized_shape, weight, bias, eps)
     return layers.layer_norm(input, shape.numel(), weight, bias, eps)
 
@@ -183,14 +228,14 @@ def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mod
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     fits = weight.dim() == 2 and input.shape[-1:] == weight.shape[1:]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])  # else torch says what is wrong
-    if not fits or not input.numel() or not _alike(input, weight, bias) or torch.is_autocast_enabled("cpu"):
+    if not fits or not input.numel() or not _alike(input, weight, bias) or _autocast(input):
         return F.linear(input, weight, bias)
     return linear(input, weight, bias)
 
 
 def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     given = plain(*args, **kwargs)
-    if given is None or not _known(given.rows) or torch.is_autocast_enabled("cpu"):
+    if given is None or not _known(given.rows) or _autocast(given.rows):
         general: Callable[..., tuple[Tensor, Tensor | None]] = F.multi_head_attention_forward
         return general(*args, **kwargs)
     return self_attention(given, _linear), None
@@ -217,12 +262,16 @@ def _around(padding: Any, weight: Tensor, dilation: Pair) -> Pair | None:
 
 
 def _known(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.is_floating_point()
+    return x.device.type in ("cpu", "cuda") and x.is_floating_point()
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _real(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels of our own know it, and the others are of the same type."""
-    return _alike(x, *others) and x.dtype in (torch.float32, torch.float64)
+    return _alike(x, *others) and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:
@@ -251,7 +300,13 @@ _LOWERINGS: dict[Any, Callable[..., Any]] = {
     Tensor.view: _view,
     Tensor.view_as: _view_as,
 }
-# What kernels of our own go before.
+# Before which go those with the tasks first,
+_LEADING: dict[Callable[..., Any], Callable[..., Any]] = {
+    _conv2d: _leading_conv2d,
+    _batch_norm: _leading_batch_norm,
+    _max_pool2d: _leading_max_pool2d,
+}
+# and kernels of our own.
 _NATIVE: dict[Callable[..., Any], Callable[..., Any]] = {
     _conv2d: _native_conv2d,
     _batch_norm: _native_batch_norm,

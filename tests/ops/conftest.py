@@ -22,11 +22,18 @@ class Compared:
     """Runs a function of one task for many tasks, with and without the task kernels.
 
     Args:
-        native: kernels of our own go before torch's.
+        form: of the kernels: "beside" (tasks beside the channels), "leading" (tasks first, as on a GPU), "native".
     """
 
-    def __init__(self, native: bool) -> None:
-        self.native = native
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    @property
+    def native(self) -> bool:
+        return self.form == "native"
+
+    def kernels(self) -> TaskKernels:
+        return TaskKernels(native=self.native, leading=self.form == "leading")
 
     def run(
         self,
@@ -45,7 +52,7 @@ class Compared:
             return torch.randn(like.shape, generator=draw, dtype=torch.float64).to(like.dtype)
 
         leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-        with TaskKernels(self.native) if kernels else contextlib.nullcontext():
+        with self.kernels() if kernels else contextlib.nullcontext():
             value = (over_tasks if loop else vmap)(function, in_dims)(*leaves)
         adjoint = normal(value).requires_grad_()
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -110,6 +117,6 @@ def nodes(value: Tensor) -> set[str]:
     return {node.name() for node in found}
 
 
-@pytest.fixture(params=[False, True], ids=["torch's", "native"])
+@pytest.fixture(params=["beside", "leading", "native"])
 def compared(request: pytest.FixtureRequest) -> Compared:
     return Compared(request.param)

@@ -155,15 +155,19 @@ def test_inside_a_transformation_of_the_user_the_general_path_is_taken(
 ) -> None:
     """The energy's last layer is outside its own `grad`, the first layer of the other outside its own `vmap`."""
     depths: list[int] = []
-    place = layers if compared.native else task_kernels
-    convolution = place.convolution
+    place, name = {
+        "native": (layers, "convolution"),
+        "leading": (task_kernels, "convolved"),
+        "beside": (task_kernels, "convolution"),
+    }[compared.form]
+    convolution = getattr(place, name)
 
     def counted(*arguments: Any) -> Tensor:
         depths.append(len(_functorch.get_interpreter_stack()))
         result: Tensor = convolution(*arguments)
         return result
 
-    monkeypatch.setattr(place, "convolution", counted)
+    monkeypatch.setattr(place, name, counted)
     assert same(compared, module) >= {"_ForwardBackward"}
     assert depths
     assert set(depths) == {1}

@@ -11,11 +11,12 @@ Legend: T tasks, B rows, C channels.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from raymeta.ops.convolution import Places
 from raymeta.ops.folding import rows_in, rows_out
 from raymeta.ops.mapped import for_each, over_tasks
 from raymeta.ops.native import calls, operators
@@ -26,19 +27,10 @@ from raymeta.ops.pooling import Window, max_pooled
 _ops = torch.ops.raymeta
 # What operations call, now that all are there.
 DIRECT, prepared = calls.DIRECT, calls.prepared
-Pair = tuple[int, int]
 
 
 # Before a function of autograd, which keeps what it is given: not a copy that it made for itself.
 _last = operators.channels_last
-
-
-class Places(NamedTuple):
-    """Where a convolution puts its weight."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places) -> Tensor:
