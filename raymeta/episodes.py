@@ -90,6 +90,11 @@ class Episodes:
         # On a CPU mostly nothing is to do, and the shapes need not be looked at again.
         return self if all(moved[name] is value for name, value in values.items()) else Episodes(**moved)  # type: ignore[arg-type]
 
+    def pinned(self) -> Episodes:
+        """The same tasks in memory that a GPU reads by itself. Only where there is a GPU."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Episodes(**{name: None if value is None else value.pin_memory() for name, value in values.items()})  # type: ignore[arg-type]
+
     def filled(self) -> Episodes:
         """The same tasks, with rows that do not count filled in by `filled`; self where all rows count."""
         if self.support_mask is None and self.query_mask is None:

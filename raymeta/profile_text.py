@@ -48,7 +48,12 @@ def where(found: Profile) -> list[str]:
             f"products and convolutions: {found.gigaflops:.0f} GFLOP/s over the whole chunk, {share:.0f} % of what a "
             f"1024 x 1024 matrix product reaches here ({found.matmul_gigaflops:.0f})"
         )
-    lines.append("a step is the chunks of the worker that has the most of them; the driver and Ray come on top")
+    drawn, updated = 1e3 * found.draw_seconds, 1e3 * found.update_seconds
+    lines.append(
+        f"drawing the tasks of a chunk takes {drawn:.1f} ms (workers do it while the driver updates, as far as that "
+        f"leaves time), the outer update {updated:.1f} ms"
+    )
+    lines.append("a step is the chunks of the worker that has the most of them; the way to it and back comes on top")
     lines.append(f"to use the fastest: {found.best.settings()}")
     lines.append("other chunks, kernels or memory round otherwise: set them before a run, not in the middle of one")
     return lines

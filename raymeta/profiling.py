@@ -1,8 +1,9 @@
 """`raymeta profile`: what a chunk costs on this machine with other settings, and where its time goes.
 
 Measured are whole chunks of training tasks through the learner itself, in this process, with the device and threads of
-one worker. What a step costs is told from that: the chunks of the worker that has the most of them. The driver and the
-way to the workers come on top (README: a few milliseconds).
+one worker. What a step costs is told from that: the chunks of the worker that has the most of them. Beside it, what
+drawing a chunk's tasks costs, which workers do ahead while the driver updates, and what that update costs. The way to
+the workers and back comes on top (README: a few milliseconds).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -19,13 +20,16 @@ import torch
 from torch import Tensor, fx
 
 from raymeta.algorithms import Learner
+from raymeta.algorithms.cuda_graph import Captured
 from raymeta.algorithms.gradient_learner import GradientLearner
-from raymeta.algorithms.program import RECORD_AFTER, signature
+from raymeta.algorithms.program import RECORD_AFTER
 from raymeta.algorithms.task_model import Kernels
-from raymeta.params import Params
+from raymeta.outer_optimizer import OuterOptimizer
+from raymeta.params import ParameterLayout, Params
+from raymeta.sections import OuterSettings
 from raymeta.workers.device import choose_device, placed
 from raymeta.workers.reduction import chunk_count
-from raymeta.workers.worker import WorkerParts, WorkerSettings, keep_freed_memory, numerics
+from raymeta.workers.worker import WorkerParts, WorkerSettings, keep_freed_memory, numerics, torch_threads
 
 # Of a recorded chunk, to time its operations one by one.
 RUNS = 5
@@ -67,7 +71,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` found. `shares`: of the time of the fastest candidate in float32, by kind of operation."""
+    """What `profile` found.
+
+    Attributes:
+        shares: of the time of the fastest candidate in float32, by kind of operation; empty where nothing is recorded.
+        gigaflops: of its products and convolutions, over the whole chunk. matmul_gigaflops: of one large product.
+        draw_seconds: what drawing the tasks of one of its chunks takes.
+        update_seconds: what the outer update takes, in the driver.
+    """
 
     tasks_per_step: int
     workers: int
@@ -78,6 +89,8 @@ class Profile:
     shares: dict[str, float]
     gigaflops: float | None
     matmul_gigaflops: float
+    draw_seconds: float
+    update_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -87,7 +100,7 @@ class Profile:
 def profile(
     parts: WorkerParts,
     params: Params,
-    tasks_per_step: int,
+    outer: OuterSettings,
     chunk_tasks: int | None,
     workers: int,
     settings: WorkerSettings,
@@ -98,6 +111,7 @@ def profile(
     """Measures candidates, one after the other.
 
     Args:
+        outer: how many tasks a step has, and how the driver updates.
         chunk_tasks: that of the configuration; None: the rule's.
         workers: how many share a step. settings: of each of them.
         seconds: for each candidate, at least five chunks.
@@ -109,7 +123,8 @@ def profile(
     """
     keep_freed_memory()
     place = choose_device(settings.device)
-    device = place.type
+    device, tasks_per_step = place.type, outer.tasks_per_step
+    update_seconds = _update_seconds(params, outer, settings.threads)
     with numerics(settings, place):
         parts = replace(parts, model=placed(parts.model, place))
         params = {name: value.to(place) for name, value in params.items()}
@@ -152,6 +167,8 @@ def profile(
             shares,
             gigaflops,
             _matmul_gigaflops(device),
+            _median_seconds(lambda: parts.source.tasks("train", range(best.chunk_tasks))),
+            update_seconds,
         )
 
 
@@ -195,38 +212,71 @@ def _chunk_seconds(parts: WorkerParts, learner: Learner, params: Params, size: i
     return median(times)
 
 
+def _median_seconds(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def _update_seconds(params: Params, outer: OuterSettings, threads: int) -> float:
+    """What the driver's update takes, of copies of the parameters."""
+    layout = ParameterLayout.of(params)
+    flat = layout.flatten(params).cpu()
+    optimizer, gradient = OuterOptimizer(flat, layout, outer), torch.randn_like(flat)
+    with torch_threads(threads):
+        optimizer.apply(gradient, 0)  # which makes its variables
+        return _median_seconds(lambda: optimizer.apply(gradient, 1))
+
+
 def _where(
     parts: WorkerParts, learner: Learner, params: Params, best: Candidate
 ) -> tuple[dict[str, float], float | None]:
-    """Shares of the time by kind of operation, and the GFLOP/s of products and convolutions over the whole chunk."""
-    programs = learner.prepared(parts.model).programs.recorded
+    """Shares of the time by kind of operation, and the GFLOP/s of products and convolutions over the whole chunk.
+
+    A chunk's recorded programs (one, or those of its pieces, as often as each is called) run operation by operation in
+    the places of what runs them otherwise."""
+    recorded = learner.prepared(parts.model).programs.recorded
     like = next(iter(params.values()))
     batch = parts.source.tasks("train", range(best.chunk_tasks)).to(like.device, like.dtype)
-    tensors = learner.recorded_inputs(params, batch, 0)
-    fitting = (
-        program
-        for (key, compiled, shapes), program in programs.items()
-        if key[0] == learner and not compiled and shapes == signature(tensors)
-    )
-    program = next(fitting, None)
-    if not isinstance(program, fx.GraphModule):
-        return {}, None
-    timed = _Timed(program)
-    with torch.no_grad():
+    before, times = dict(recorded), Times()
+    for key, function in before.items():
+        program = function.program if isinstance(function, Captured) else function
+        if isinstance(program, fx.GraphModule):
+            recorded[key] = _Timed(program, times).run_list
+    try:
         for _ in range(RUNS):
-            timed.run(tensors)
-    total = sum(timed.seconds.values())
-    ordered = sorted(timed.seconds.items(), key=lambda item: -item[1])
-    return {kind: value / total for kind, value in ordered}, timed.flops / RUNS / best.chunk_seconds / 1e9
+            learner.meta_gradient(parts.model, params, batch, 0)
+    finally:
+        recorded.update(before)
+    total = sum(times.seconds.values())
+    if not total:
+        return {}, None
+    ordered = sorted(times.seconds.items(), key=lambda item: -item[1])
+    return {kind: value / total for kind, value in ordered}, times.flops / RUNS / best.chunk_seconds / 1e9
+
+
+@dataclass
+class Times:
+    """Seconds of operations by kind, and the arithmetic of the products among them."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    flops: float = 0.0
 
 
 class _Timed(fx.Interpreter):
     """Runs a program and adds up the seconds of its operations by kind, and the arithmetic of its products."""
 
-    def __init__(self, program: fx.GraphModule) -> None:
+    def __init__(self, program: fx.GraphModule, times: Times) -> None:
         super().__init__(program)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.flops = 0.0
+        self.times = times
+
+    def run_list(self, tensors: list[Tensor]) -> list[Tensor]:
+        """As a program is called."""
+        found: list[Tensor] = self.run(tensors)
+        return found
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         started = time.perf_counter()
@@ -235,8 +285,8 @@ class _Timed(fx.Interpreter):
             torch.cuda.synchronize()  # else the time is that of the call, not of the operation
         name = str(target)
         kind = next((kind for kind, words in KINDS if any(word in name for word in words)), "elementwise and sums")
-        self.seconds[kind] += time.perf_counter() - started
-        self.flops += _flops(name, args, result)
+        self.times.seconds[kind] += time.perf_counter() - started
+        self.times.flops += _flops(name, args, result)
         return result
 
 

@@ -14,7 +14,7 @@ from raymeta import build, cli
 from raymeta.algorithms.program import RECORD_AFTER
 from raymeta.config import load_config
 from raymeta.profile_text import where
-from raymeta.profiling import Candidate, _Timed, profile
+from raymeta.profiling import Candidate, Times, _Timed, profile
 from raymeta.workers import WorkerSettings
 
 SMALL = """
@@ -48,7 +48,7 @@ def test_every_candidate_is_measured_and_the_fastest_is_the_best(place: str) -> 
     told: list[Candidate] = []
     threads = torch.get_num_threads()
     found = profile(
-        parts, build.first_params(config, parts), 6, None, 2, WorkerSettings(), seconds=0.05, told=told.append
+        parts, build.first_params(config, parts), config.outer, None, 2, WorkerSettings(), 0.05, told=told.append
     )
     assert torch.get_num_threads() == threads
     assert tuple(told) == found.candidates
@@ -64,7 +64,18 @@ def test_every_candidate_is_measured_and_the_fastest_is_the_best(place: str) -> 
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.gigaflops is not None
     assert 0 < found.gigaflops < found.matmul_gigaflops
-    assert found.best.settings() in where(found)[-2]
+    assert min(found.draw_seconds, found.update_seconds) > 0
+    text = where(found)
+    assert found.best.settings() in text[-2]
+    assert f"the outer update {1e3 * found.update_seconds:.1f} ms" in " ".join(text)
+
+
+def test_of_a_loop_that_is_recorded_step_by_step_the_pieces_are_told(place: str) -> None:
+    config = load_config(place, ["algorithm.inner_steps=18"])
+    parts = build.check(config)
+    found = profile(parts, build.first_params(config, parts), config.outer, 6, 1, WorkerSettings(), seconds=0.05)
+    assert found.shares["matrix products"] > 0
+    assert found.gigaflops is not None
 
 
 def test_arithmetic_is_counted_alike_for_all_kernels(tmp_path: Any) -> None:
@@ -81,10 +92,10 @@ def test_arithmetic_is_counted_alike_for_all_kernels(tmp_path: Any) -> None:
         for _ in range(RECORD_AFTER + 1):
             learner.meta_gradient(parts.model, params, batch, 0)
         (program,) = learner.prepared(parts.model).programs.recorded.values()
-        timed = _Timed(program)
+        times = Times()
         with torch.no_grad():
-            timed.run(learner.recorded_inputs(params, batch, 0))
-        counts[kernels] = timed.flops
+            _Timed(program, times).run(learner.recorded_inputs(params, batch, 0))
+        counts[kernels] = times.flops
     # torch's multiply by the weights that all tasks share in the first step, and by the head's, otherwise.
     assert counts["native"] == pytest.approx(counts["task"], rel=0.05)
 
@@ -109,8 +120,9 @@ def test_on_a_gpu_its_chunks_are_measured(place: str) -> None:
     config = load_config(place, [])
     parts = build.check(config)
     params = build.first_params(config, parts)
-    found = profile(parts, params, 6, None, 1, WorkerSettings(), seconds=0.05)
+    found = profile(parts, params, config.outer, None, 1, WorkerSettings(), seconds=0.05)
     assert found.device == "cuda"
+    assert found.shares  # also of what runs as a graph
     assert {value.device.type for value in (*parts.model.parameters(), *params.values())} == {"cpu"}
-    on_cpu = profile(parts, params, 6, None, 1, WorkerSettings(device="cpu"), seconds=0.05)
+    on_cpu = profile(parts, params, config.outer, None, 1, WorkerSettings(device="cpu"), seconds=0.05)
     assert on_cpu.device == "cpu"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,10 +46,20 @@ def captured(
         torch.cuda.synchronize()
         return program
 
-    def replay(given: list[Tensor]) -> list[Tensor]:
-        for own, value in zip(inputs, given, strict=True):
-            own.copy_(value, non_blocking=True)
-        graph.replay()
-        return [output.clone() for output in outputs]  # the next replay writes over the graph's own
+    return Captured(program, graph, inputs, outputs)
 
-    return replay
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph that was captured, and the `program` that it holds; called as that is."""
+
+    program: Callable[[list[Tensor]], list[Tensor]]
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def __call__(self, given: list[Tensor]) -> list[Tensor]:
+        for own, value in zip(self.inputs, given, strict=True):
+            own.copy_(value, non_blocking=True)
+        self.graph.replay()
+        return [output.clone() for output in self.outputs]  # the next replay writes over the graph's own

@@ -71,7 +71,7 @@ def profile(arguments: tuple[str, ...], seconds: float, try_compile: bool, as_js
         found = profiling.profile(
             parts,
             build.first_params(config, parts),
-            config.outer.tasks_per_step,
+            config.outer,
             config.chunk_tasks,
             workers,
             settings,

@@ -235,7 +235,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     given = plain(*args, **kwargs)
-    if given is None or not _known(given.rows) or _autocast(given.rows):
+    # Of bfloat16 torch's own computes in float32 what lies between the products.
+    low = given is not None and given.rows.dtype not in (torch.float32, torch.float64)
+    if given is None or low or not _known(given.rows) or _autocast(given.rows):
         general: Callable[..., tuple[Tensor, Tensor | None]] = F.multi_head_attention_forward
         return general(*args, **kwargs)
     return self_attention(given, _linear), None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raymeta.meta_gradient import MetaGradient
 from raymeta.workers.pool import StepTimings, WorkerPool, require_alike
-from raymeta.workers.reduction import Reducer, chunk_count, chunk_slices, tasks_per_chunk
+from raymeta.workers.reduction import chunk_count, chunk_slices, tasks_per_chunk
 from raymeta.workers.worker import Build, Chunk, MapFunction, Worker, WorkerSettings, torch_threads
 
 
@@ -50,14 +50,12 @@ class LocalPool(WorkerPool):
         started = time.perf_counter()
         chunks = chunk_count(len(indices), self._chunk_tasks, self._device)
         slices = chunk_slices(len(indices), chunks)
-        reducer = Reducer(chunks, step)
+        share = [Chunk(leaf, indices[piece.start : piece.stop]) for leaf, piece in enumerate(slices)]
+        self._end_if_abandoned()
         version = next(self._versions)
-        for leaf, piece in enumerate(slices):
-            self._end_if_abandoned()
-            chunk = Chunk(leaf, indices[piece.start : piece.stop])
-            for part in self._worker.meta_gradient(params, step, [chunk], chunks, version):
-                reducer.add(part)
-        total = reducer.result()
+        (total,) = self._worker.meta_gradient(
+            params, step, share, chunks, version, lambda done: self._end_if_abandoned() if done < chunks else None
+        )
         if total.gradient.device != params.device:
             total = replace(total, gradient=total.gradient.to(params.device))
         seconds = time.perf_counter() - started

@@ -29,7 +29,7 @@ from raymeta.errors import InputError, RunError
 from raymeta.meta_gradient import MetaGradient, Node
 from raymeta.params import ParameterLayout, Params
 from raymeta.tasks.source import TaskSource
-from raymeta.workers.device import choose_device, placed
+from raymeta.workers.device import Sender, choose_device, placed
 from raymeta.workers.reduction import Reducer
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,13 @@ class Chunk(NamedTuple):
     tasks: range
 
 
+class Prepared(NamedTuple):
+    """A batch of training tasks that was drawn: its bytes, and what gives it as it is on the device."""
+
+    size: int
+    received: Callable[[], Any]
+
+
 class TaskError(RunError):
     """The user's model or tasks raised. Retrying does not help.
 
@@ -165,7 +172,8 @@ class Worker:
             same = parts.evaluation_source is parts.source
             evaluation_fingerprint = fingerprint if same else parts.evaluation_source.fingerprint()
         self._version: int | None = None
-        self._prepared: dict[range, Any] = {}
+        self._sender = Sender(self._device, self._layout.dtype)
+        self._prepared: dict[range, Prepared] = {}
         return WorkerReport(
             fingerprints=(fingerprint, evaluation_fingerprint),
             torch_version=torch.__version__,
@@ -200,17 +208,19 @@ class Worker:
             DeviceError: the GPU is out of memory or broken.
         """
 
-        def run(tasks: Sequence[int], prepared: Any = None) -> MetaGradient:
-            batch = self._parts.source.tasks("train", tasks) if prepared is None else prepared
-            batch = batch.to(self._device, self._layout.dtype)
-            return self._parts.learner.meta_gradient(self._parts.model, params, batch, step)
+        def run(tasks: Sequence[int], prepared: Prepared | None = None) -> MetaGradient:
+            drawn = prepared or self._drawn(tasks)
+            return self._parts.learner.meta_gradient(self._parts.model, params, drawn.received(), step)
 
         reducer = Reducer(chunks, step)
         with self._numerics():
             params = self._load(flat, version)
             for done, (leaf, tasks) in enumerate(share, start=1):
+                prepared = self._prepared.pop(tasks, None)
+                if self._sender.ahead and done < len(share):  # goes there while this one is computed
+                    self._draw_ahead(share[done].tasks)
                 with _named(run, tasks, f"step {step}"):
-                    part = run(tasks, self._prepared.pop(tasks, None))
+                    part = run(tasks, prepared)
                 assert part.gradient.shape == self._flat.shape, f"a gradient of shape {tuple(part.gradient.shape)}"
                 reducer.add(replace(part, step=step, node=Node(leaf, leaf + 1)))
                 after_each(done)
@@ -222,17 +232,22 @@ class Worker:
         A batch that cannot be drawn is left: the step that needs it meets the error itself, and reports it.
         """
         self._prepared = {tasks: self._prepared[tasks] for tasks in batches if tasks in self._prepared}
-        held = sum(_bytes_of(batch) for batch in self._prepared.values())
         with self._numerics():
             for tasks in batches:
-                if held >= PREPARED_BYTES:
-                    return
-                if tasks not in self._prepared:
-                    try:
-                        self._prepared[tasks] = self._parts.source.tasks("train", tasks)
-                    except Exception:
-                        return
-                    held += _bytes_of(self._prepared[tasks])
+                self._draw_ahead(tasks)
+
+    def _draw_ahead(self, tasks: range) -> None:
+        """Draw these training tasks before they are asked for, and send them on their way, if there is memory for it
+        and they can be drawn."""
+        held = sum(prepared.size for prepared in self._prepared.values())
+        if held >= PREPARED_BYTES or tasks in self._prepared:
+            return
+        with contextlib.suppress(Exception):
+            self._prepared[tasks] = self._drawn(tasks)
+
+    def _drawn(self, tasks: Sequence[int]) -> Prepared:
+        batch = self._parts.source.tasks("train", tasks)
+        return Prepared(_bytes_of(batch), self._sender.send(batch))
 
     def map(
         self, function: MapFunction, flat: Tensor, split: str, indices: Sequence[int], version: int | None = None

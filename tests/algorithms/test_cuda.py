@@ -12,7 +12,7 @@ from raymeta.algorithms import MAML
 from raymeta.algorithms.gradient_learner import RECORDED_STEPS
 from raymeta.algorithms.program import RECORD_AFTER
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 # Recorded step by step.
 MANY_STEPS: dict[str, Any] = {"inner_steps": RECORDED_STEPS + 2, "memory": "flat", "inner_rate": 0.02}
@@ -70,3 +70,28 @@ def test_adaptation_and_prediction_are_exact_whatever_torch_allows(small: Any, p
     finally:
         cudnn.allow_tf32 = before
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["conv4", "transformer"])
+def test_the_task_kernels_give_what_the_general_way_gives(small: Any, kind: str) -> None:
+    learner = MAML(inner_rate=0.1, inner_steps=2, kernels="task")
+    model, params, batch = small.problem(learner, kind)
+    model, batch = model.cuda(), batch.to("cuda")
+    params = {name: value.cuda() for name, value in params.items()}
+    own, general = (
+        replace(learner, kernels=kernels).meta_gradient(model, params, batch, 0).gradient
+        for kernels in ("task", "general")
+    )
+    torch.testing.assert_close(own, general, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["conv4", "transformer"])
+def test_bfloat16_is_near(small: Any, kind: str) -> None:
+    learner = MAML(inner_rate=0.1)
+    model, params, batch = small.problem(learner, kind)
+    model, batch = model.float().cuda(), batch.to("cuda", torch.float32)
+    params = {name: value.float().cuda() for name, value in params.items()}
+    exact = learner.meta_gradient(model, params, batch, 0).gradient
+    rounded = replace(learner, precision="bfloat16").meta_gradient(model, params, batch, 0).gradient
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < float((rounded - exact).norm() / exact.norm()) < 0.2

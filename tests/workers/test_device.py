@@ -10,10 +10,11 @@ from raymeta.algorithms import MAML
 from raymeta.errors import InputError
 from raymeta.evaluation import EvaluationSettings
 from raymeta.outer_optimizer import OuterSettings
+from raymeta.params import ParameterLayout
 from raymeta.tasks import Sinusoid
 from raymeta.trainer import MetaTrainer
-from raymeta.workers import LocalPool, WorkerParts
-from raymeta.workers.device import choose_device, placed
+from raymeta.workers import LocalPool, WorkerParts, WorkerSettings
+from raymeta.workers.device import Sender, choose_device, placed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -71,3 +72,46 @@ def test_what_a_worker_maps_is_computed_without_tf32(lines, params):
     with LocalPool(lines()) as pool:
         assert pool.map(allowed, params, "test", range(2)) == [(False, False)] * 2
     assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_a_batch_for_the_cpu_stays_there():
+    batch = Sinusoid(shots=3, queries=3).tasks("train", range(2))
+    sender = Sender(torch.device("cpu"), torch.float64)
+    assert not sender.ahead
+    received = sender.send(batch)()
+    assert received.support_x.dtype == torch.float64
+    assert torch.equal(received.support_x, batch.support_x.double())
+    assert received.tasks is batch.tasks
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_batches_are_sent_to_a_gpu_beside_what_it_computes():
+    source = Sinusoid(shots=30, queries=30)
+    sender = Sender(torch.device("cuda"), torch.float32)
+    assert sender.ahead
+    busy = torch.randn(4096, 4096, device="cuda")
+    for first in range(0, 40, 4):
+        batch = source.tasks("train", range(first, first + 4))
+        received = sender.send(batch)
+        for _ in range(4):
+            busy = torch.tanh(busy @ busy)
+        there = received()
+        for name in ("support_x", "support_y", "query_x", "query_y", "tasks"):
+            assert torch.equal(getattr(there, name).cpu(), getattr(batch, name))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_pool_on_a_gpu_gives_what_one_on_the_cpu_gives():
+    """With many chunks, whose batches are sent ahead."""
+    tasks, model = Sinusoid(shots=3, queries=3), nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    learner = MAML(inner_rate=0.01, loss=tasks.loss, metric=tasks.metric)
+    params = learner.init(model, seed=0)
+    flat = ParameterLayout.of(params).flatten(params)
+    found = []
+    for device in ("cpu", "cuda"):
+        settings = WorkerSettings(device=device)
+        with LocalPool(lambda: WorkerParts(tasks, tasks, model, learner), settings, chunk_tasks=3) as pool:
+            found.append(pool.meta_gradient(flat, 0, range(20)).gradient)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
