@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -26,7 +26,7 @@ from raymeta.errors import InputError
 from raymeta.meta_gradient import MetaGradient
 from raymeta.metrics import require_known, task_losses, task_metrics
 from raymeta.ops.batch_norm import LayerStatistics
-from raymeta.ops.draws import keys_by_purpose
+from raymeta.ops.draws import key_of_step, keys_of_tasks
 from raymeta.params import MODEL, ParameterLayout, Params, model_params
 
 # "batch": batch norms use the batch at hand (transductive where the queries are seen together, the papers' test).
@@ -76,16 +76,24 @@ class StepPlan:
     """What the numbers of an outer step and of its tasks decide, before anything is computed.
 
     Attributes:
-        keys: by purpose, [T] int64, the tasks' keys for dropout.
+        keys: by purpose, [T] int64, the tasks' keys for what is drawn.
+        of_step: by purpose, a scalar int64 from which further keys are made where it is computed (`with_keys`): a
+            recording leaves out those that it does not read.
         rows: for each inner step the support rows that it sees (`MiniBatches`); None: all.
         weights: [k] of the query loss after each inner step; None: the last alone counts.
         ways: how many classes the tasks have at most; 0 where targets are no class numbers.
     """
 
-    keys: dict[str, Tensor]
+    keys: dict[str, Tensor] = field(default_factory=dict)
+    of_step: dict[str, Tensor] = field(default_factory=dict)
     rows: MiniBatches | None = None
     weights: Tensor | None = None
     ways: int = 0
+
+    def with_keys(self, tasks: Tensor) -> StepPlan:
+        """The same with all keys of these tasks [T]."""
+        made = {purpose: keys_of_tasks(key, tasks) for purpose, key in self.of_step.items()}
+        return replace(self, keys={**self.keys, **made}, of_step={})
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,18 @@ class Recordable:
         weights = [] if plan.weights is None else [plan.weights]
         masked = None if plan.rows is None else tuple(mask is not None for _, mask in plan.rows)
         return cls(
-            [*params.values(), *given.values(), *plan.keys.values(), *rows, *weights],
-            (tuple(params), tuple(given), tuple(plan.keys), masked, bool(weights), plan.ways),
+            [*params.values(), *given.values(), *plan.keys.values(), *plan.of_step.values(), *rows, *weights],
+            (tuple(params), tuple(given), tuple(plan.keys), tuple(plan.of_step), masked, bool(weights), plan.ways),
         )
 
     def rebuilt(self, tensors: list[Tensor]) -> tuple[Params, Episodes, StepPlan]:
-        """The parameters, the batch and the plan, of other tensors in the places of `tensors`."""
-        names, given, purposes, masked, weighted, ways = self.key
+        """The parameters, the batch and the plan with all keys, of other tensors in the places of `tensors`."""
+        *named, masked, weighted, ways = self.key
         rest = iter(tensors)
-        params, batch, keys = ({name: next(rest) for name in part} for part in (names, given, purposes))
+        params, batch, keys, of_step = ({name: next(rest) for name in part} for part in named)
         rows = None if masked is None else [(next(rest), next(rest) if mask else None) for mask in masked]
-        return params, Episodes(**batch), StepPlan(keys, rows, next(rest) if weighted else None, ways)
+        plan = StepPlan(keys, of_step, rows, next(rest) if weighted else None, ways)
+        return params, Episodes(**batch), plan.with_keys(batch["tasks"])
 
 
 def count_ways(*labels: Tensor) -> int:
@@ -159,8 +168,8 @@ class Learner(ABC):
     needs_head = True
 
     def __post_init__(self) -> None:
-        for field, allowed in _choices(type(self)).items():
-            self.require(getattr(self, field) in allowed, field, "one of " + ", ".join(map(repr, allowed)))
+        for name, allowed in _choices(type(self)).items():
+            self.require(getattr(self, name) in allowed, name, "one of " + ", ".join(map(repr, allowed)))
         require_known(self.loss, self.metric, "algorithm.")
 
     def init(self, model: nn.Module, seed: int) -> Params:
@@ -207,10 +216,11 @@ class Learner(ABC):
 
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
         """What the numbers of the outer step and of the tasks decide."""
-        device = batch.support_x.device
         purposes = ("support", "query")
-        keys = dict(zip(purposes, keys_by_purpose(self.seed, purposes, step, batch.tasks, device), strict=True))
-        return StepPlan(keys, ways=count_ways(batch.support_y, batch.query_y))
+        keys = [key_of_step(self.seed, purpose, step) for purpose in purposes]
+        of_step = torch.tensor(keys, device=batch.support_x.device).unbind()
+        of_step_by_purpose = dict(zip(purposes, of_step, strict=True))
+        return StepPlan(of_step=of_step_by_purpose, ways=count_ways(batch.support_y, batch.query_y))
 
     @abstractmethod
     def summed_gradient(self, model: TaskModel, params: Params, batch: Episodes, plan: StepPlan) -> OuterGradient:
@@ -275,7 +285,8 @@ class Learner(ABC):
         for place, number in enumerate(numbers):
             one = batch.select(place, place + 1)
             with prepared.programs.unrecorded():
-                alone = self.summed_gradient(prepared, params, one, self.plan(params, one, step))
+                plan = self.plan(params, one, step).with_keys(one.tasks)
+                alone = self.summed_gradient(prepared, params, one, plan)
             if not _finite(alone.loss, *alone.gradient.values()):
                 bad.append(number)
         return tuple(bad or numbers)

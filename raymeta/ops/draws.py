@@ -31,18 +31,20 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def task_keys(seed: int, purpose: Key, step: int, tasks: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """[T] int64, the key of each of the tasks [T] (int64) for this purpose and outer step."""
-    return keys_by_purpose(seed, (purpose,), step, tasks, device)[0]
+    start = key_of_step(seed, purpose, step)
+    if tasks.device.type == "cpu":  # a few numbers: NumPy's calls take a tenth of torch's
+        return torch.as_tensor(keys_of_tasks(np.int64(start), tasks.numpy()), device=device)
+    return keys_of_tasks(torch.tensor(start, device=tasks.device), tasks).to(device)
 
 
-def keys_by_purpose(
-    seed: int, purposes: Sequence[Key], step: int, tasks: Tensor, device: torch.device | str = "cpu"
-) -> Sequence[Tensor]:
-    """`task_keys` for each of these purposes."""
-    # A few numbers, at every chunk: NumPy's calls take a tenth of torch's, and one serves all purposes.
-    numbers: Any = tasks.numpy() if tasks.device.type == "cpu" else tasks
-    starts = [int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True) for purpose in purposes]
-    by_purpose = np.array(starts)[:, None] if tasks.device.type == "cpu" else tasks.new_tensor(starts)[:, None]
-    return torch.as_tensor(mix(mix(numbers + 1) + by_purpose), device=device).unbind(0)
+def key_of_step(seed: int, purpose: Key, step: int) -> int:
+    """The int64 that the keys of all tasks for this purpose and outer step are made from."""
+    return int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True)
+
+
+def keys_of_tasks(key_of_step: Any, tasks: Numbers) -> Numbers:
+    """[T] `task_keys`, of the tasks [T] and a `key_of_step` (a scalar of their kind)."""
+    return mix(mix(tasks + 1) + key_of_step)
 
 
 def _shift_right(value: Numbers, bits: int) -> Numbers:

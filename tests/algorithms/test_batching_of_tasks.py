@@ -133,7 +133,7 @@ def test_every_inner_step_drops_something_else(small: Any) -> None:
     learner = MAML(inner_steps=3)
     model, params, batch = small.problem(learner, "dropout")
     prepared = learner.prepared(model)
-    loop = learner.training_loop(prepared, params, batch, learner.plan(params, batch, 0))
+    loop = learner.training_loop(prepared, params, batch, learner.plan(params, batch, 0).with_keys(batch.tasks))
     fast = loop.start(params)
     losses = torch.stack([loop.objective(fast, params, number) for number in (0, 1, 2, 0)])  # [4, T]
     assert torch.equal(losses[0], losses[3])

@@ -251,7 +251,9 @@ def trained(learner: Learner, source: Sinusoid, steps: int) -> tuple[MLP, Params
         batch = source.tasks("train", range(16 * step, 16 * step + 16))
         now = {name: value.detach() for name, value in params.items()}
         prepared = learner.prepared(model)
-        found = learner.summed_gradient(prepared, now, batch, learner.plan(now, batch, step)).gradient
+        found = learner.summed_gradient(
+            prepared, now, batch, learner.plan(now, batch, step).with_keys(batch.tasks)
+        ).gradient
         for name, value in params.items():
             value.grad = found[name] / 16
         optimizer.step()

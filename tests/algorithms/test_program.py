@@ -58,7 +58,7 @@ def test_the_recording_has_the_same_bits(
     for step in range(RECORD_AFTER + 3):
         other = varied(batch, step)
         fresh = learner.prepared(model)
-        plan = learner.plan(params, other, step)
+        plan = learner.plan(params, other, step).with_keys(other.tasks)
         wanted = learner.summed_gradient(fresh, params, other.filled(), plan)
         found = learner.meta_gradient(model, params, other, step)
         for expected, got in zip(wanted.gradient.values(), split(found.gradient, params), strict=True):

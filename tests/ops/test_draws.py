@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from raymeta.ops.draws import KeyedDropout, derived_key, keep_mask, keys_by_purpose, mix, normals, task_keys
+from raymeta.ops.draws import KeyedDropout, derived_key, keep_mask, key_of_step, keys_of_tasks, mix, normals, task_keys
 
 KEY = torch.tensor(1234567, dtype=torch.int64)
 
@@ -195,7 +195,12 @@ def test_normals_by_key() -> None:
 
 def test_keys_are_made_where_the_tasks_are() -> None:
     """No tensor of the processor's meets one of another device's; seen without a GPU, by tensors without values."""
-    tasks = torch.arange(4, device="meta")
-    for keys in keys_by_purpose(0, ("support", "query"), 3, tasks, "meta"):
-        assert keys.device.type == "meta"
-        assert keys.shape == (4,)
+    keys = task_keys(0, "support", 3, torch.arange(4, device="meta"), "meta")
+    assert keys.device.type == "meta"
+    assert keys.shape == (4,)
+
+
+def test_keys_made_by_tensors_are_those_made_by_numpy() -> None:
+    tasks = torch.tensor([0, 5, 123456789, 2**40])
+    start = torch.tensor(key_of_step(7, "query", 31))
+    assert torch.equal(keys_of_tasks(start, tasks), task_keys(7, "query", 31, tasks))
