@@ -92,8 +92,15 @@ class Episodes:
 
     def pinned(self) -> Episodes:
         """The same tasks in memory that a GPU reads by itself. Only where there is a GPU."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Episodes(**{name: None if value is None else value.pin_memory() for name, value in values.items()})  # type: ignore[arg-type]
+
+        def pin(value: Tensor | None) -> Tensor | None:
+            if value is None or value.device.type != "cpu":
+                return value
+            # Dense, whatever the tensor is a view of: one with gaps would be copied again on its way, and one whose
+            # rows share their memory cannot be pinned as it is.
+            return torch.empty_like(value, pin_memory=True).copy_(value)
+
+        return Episodes(**{field.name: pin(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
 
     def filled(self) -> Episodes:
         """The same tasks, with rows that do not count filled in by `filled`; self where all rows count."""

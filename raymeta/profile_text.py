@@ -36,7 +36,7 @@ def table(found: Profile) -> Table:
 
 def where(found: Profile) -> list[str]:
     """Where the time of the best goes, and what to set."""
-    lines = []
+    lines = [f"not measured: {what}" for what in found.left_out]
     if found.shares:
         shares = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in found.shares.items())
         lines.append(f"where the time of a chunk goes (*): {shares}")
@@ -50,8 +50,8 @@ def where(found: Profile) -> list[str]:
         )
     drawn, updated = 1e3 * found.draw_seconds, 1e3 * found.update_seconds
     lines.append(
-        f"drawing the tasks of a chunk takes {drawn:.1f} ms (workers do it while the driver updates, as far as that "
-        f"leaves time), the outer update {updated:.1f} ms"
+        f"drawing the tasks of a chunk takes {drawn:.1f} ms (Ray workers do it while the driver updates, as far as "
+        f"that leaves time), the outer update {updated:.1f} ms"
     )
     lines.append("a step is the chunks of the worker that has the most of them; the way to it and back comes on top")
     lines.append(f"to use the fastest: {found.best.settings()}")

@@ -29,7 +29,14 @@ from raymeta.params import ParameterLayout, Params
 from raymeta.sections import OuterSettings
 from raymeta.workers.device import choose_device, placed
 from raymeta.workers.reduction import chunk_count
-from raymeta.workers.worker import WorkerParts, WorkerSettings, keep_freed_memory, numerics, torch_threads
+from raymeta.workers.worker import (
+    NOT_DETERMINISTIC,
+    WorkerParts,
+    WorkerSettings,
+    keep_freed_memory,
+    numerics,
+    torch_threads,
+)
 
 # Of a recorded chunk, to time its operations one by one.
 RUNS = 5
@@ -78,6 +85,7 @@ class Profile:
         gigaflops: of its products and convolutions, over the whole chunk. matmul_gigaflops: of one large product.
         draw_seconds: what drawing the tasks of one of its chunks takes.
         update_seconds: what the outer update takes, in the driver.
+        left_out: what could not be tried, and why: kernels whose sums have no fixed order (`workers.deterministic`).
     """
 
     tasks_per_step: int
@@ -91,6 +99,7 @@ class Profile:
     matmul_gigaflops: float
     draw_seconds: float
     update_seconds: float
+    left_out: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -152,8 +161,14 @@ def profile(
         learner = replace(learner, kernels=learner.kernels_for(parts.model))
         found = [measured(learner, size) for size in _sizes(tasks_per_step, chunk_tasks, workers, device)]
         size = min(found, key=lambda candidate: candidate.step_seconds).chunk_tasks
-        variants = list(_variants(learner, replace(learner, kernels="auto").kernels_for(parts.model), try_compile))
-        found += [measured(variant, size) for variant in variants]
+        left_out = []
+        for variant in _variants(learner, replace(learner, kernels="auto").kernels_for(parts.model), try_compile):
+            try:
+                found.append(measured(variant, size))
+            except RuntimeError as error:
+                if NOT_DETERMINISTIC not in str(error):
+                    raise
+                left_out.append(f"algorithm.kernels={variant.kernels}: {str(error).split('. ')[0]}")
         exact = [candidate for candidate in found if candidate.precision == learner.precision]
         best = min(exact, key=lambda candidate: candidate.step_seconds)
         shares, gigaflops = _where(parts, tried[best], params, best)
@@ -169,6 +184,7 @@ def profile(
             _matmul_gigaflops(device),
             _median_seconds(lambda: parts.source.tasks("train", range(best.chunk_tasks))),
             update_seconds,
+            tuple(left_out),
         )
 
 
@@ -304,7 +320,8 @@ def _flops(name: str, args: tuple[Any, ...], result: Any) -> float:
         weight = args[1]
         return 2.0 * result.numel() * (weight[0, 0] if weight.dim() == 5 else weight[0]).numel()
     if any(word in name for word in ("bmm", "mm.default", "method mm")) and isinstance(args[0], Tensor):
-        return 2.0 * result.numel() * args[0].shape[-1]
+        first = args[1] if "add" in name else args[0]  # of what is added to a product there is one more
+        return 2.0 * result.numel() * first.shape[-1]
     return 0.0
 
 

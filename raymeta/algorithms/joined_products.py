@@ -26,6 +26,8 @@ _TIMES = frozenset({_aten.mul.Tensor, _aten.mul.Scalar})
 def join_products(program: fx.GraphModule) -> None:
     """Rewrites `program`, recorded with the shapes and strides of its values (`make_fx` by "fake"), in place."""
     graph = program.graph
+    if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in graph.nodes):
+        return  # products would move to places where what they read may have been written to
     for node in list(graph.nodes):
         if node.target is _aten.bmm.default:
             _join_rows(graph, node)
@@ -41,7 +43,7 @@ def _join_rows(graph: fx.Graph, node: fx.Node) -> None:
     """a [T, M, K] times b [K, N], the same for all tasks."""
     a, b = _arguments(node)
     value, (tasks, rows, columns) = _value(b), _value(node).shape
-    if value.stride(0) != 0 or tasks == 1 or _value(a).stride(0) == 0:
+    if value.stride(0) != 0 or tasks <= 1 or _value(a).stride(0) == 0:
         return
     with graph.inserting_before(node):
         flat = _call(graph, _aten.reshape.default, a, [tasks * rows, value.shape[1]])
@@ -51,11 +53,10 @@ def _join_rows(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _is_sum_over_tasks(node: fx.Node) -> bool:
-    return (
-        node.target is _aten.sum.dim_IntList
-        and list(_arguments(node)[1]) == [0]
-        and _value(_arguments(node)[0]).dim() == 3
-    )
+    if node.target is not _aten.sum.dim_IntList or node.kwargs or list(_arguments(node)[1]) != [0]:
+        return False
+    of = _value(_arguments(node)[0])
+    return of.dim() == 3 and of.dtype == _value(node).dtype
 
 
 def _reaches_product(node: Any) -> bool:

@@ -215,7 +215,8 @@ class Learner(ABC):
         """[T, Q, ...] outputs (class scores or targets) for query_x [T, Q, ...]; without a graph."""
 
     def plan(self, params: Params, batch: Episodes, step: int) -> StepPlan:
-        """What the numbers of the outer step and of the tasks decide."""
+        """What the numbers of the outer step and of the tasks decide. Its keys for "support" and "query" are there
+        after `with_keys`, as `summed_gradient` gets it."""
         purposes = ("support", "query")
         keys = [key_of_step(self.seed, purpose, step) for purpose in purposes]
         of_step = torch.tensor(keys, device=batch.support_x.device).unbind()

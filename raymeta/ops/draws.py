@@ -42,9 +42,9 @@ def key_of_step(seed: int, purpose: Key, step: int) -> int:
     return int.from_bytes(digest(seed, purpose, step)[:8], "little", signed=True)
 
 
-def keys_of_tasks(key_of_step: Any, tasks: Numbers) -> Numbers:
-    """[T] `task_keys`, of the tasks [T] and a `key_of_step` (a scalar of their kind)."""
-    return mix(mix(tasks + 1) + key_of_step)
+def keys_of_tasks(of_step: Any, tasks: Numbers) -> Numbers:
+    """[T] `task_keys`, of the tasks [T] and the step's key (a scalar of their kind)."""
+    return mix(mix(tasks + 1) + of_step)
 
 
 def _shift_right(value: Numbers, bits: int) -> Numbers:

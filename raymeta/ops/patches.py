@@ -167,13 +167,15 @@ def _put_back(patches: Tensor, shape: torch.Size, kernel: Kernel) -> Tensor:
     stride, (over, beside), dilation = kernel.places
     size = kernel.seen((height, width))
     seen = patches.view(tasks, batch, *size, kernel.height, kernel.width, channels)
-    found = patches.new_zeros(tasks, batch, height + 2 * over, width + 2 * beside, channels)
+    wide = torch.promote_types(patches.dtype, torch.float32)  # what overlaps is added up in float32 at least
+    found = patches.new_zeros(tasks, batch, height + 2 * over, width + 2 * beside, channels, dtype=wide)
     for place in itertools.product(range(kernel.height), range(kernel.width)):
         lines, pixels = (
             slice(at * apart, at * apart + step * (count - 1) + 1, step)
             for at, apart, step, count in zip(place, dilation, stride, size, strict=True)
         )
         found[:, :, lines, pixels].add_(seen[:, :, :, :, place[0], place[1]])
+    found = found.to(patches.dtype)
     if not over and not beside:
         return found
     return found[:, :, over : over + height, beside : beside + width].contiguous()

@@ -125,9 +125,9 @@ def _put_in_order(gradient: Tensor, places: Tensor, shape: torch.Size, window: W
     # Far enough for windows that begin before the image, and end behind it (`ceil_mode`).
     size = ((rows - 1) * down + (high - 1) * apart + 1, (columns - 1) * across + (wide - 1) * aside + 1)
     size = (max(size[0], over + height), max(size[1], beside + width))
-    found = torch.zeros((*shape[:2], *size), dtype=gradient.dtype, device=gradient.device).to(
-        memory_format=CHANNELS_LAST
-    )
+    kind = torch.promote_types(gradient.dtype, torch.float32)  # what overlaps is added up in float32 at least
+    found = torch.zeros((*shape[:2], *size), dtype=kind, device=gradient.device)
+    found = found.contiguous(memory_format=CHANNELS_LAST)
     row = torch.arange(rows, device=gradient.device) * down - over
     column = torch.arange(columns, device=gradient.device) * across - beside
     for i in range(high):
@@ -135,8 +135,8 @@ def _put_in_order(gradient: Tensor, places: Tensor, shape: torch.Size, window: W
             here = (row + i * apart)[:, None] * width + (column + j * aside)
             lines = slice(i * apart, i * apart + down * (rows - 1) + 1, down)
             pixels = slice(j * aside, j * aside + across * (columns - 1) + 1, across)
-            # A place outside of the image has the number of another one, inside; a largest value is never there.
+            # A place outside of the image has the number of another one, inside.
             inside = ((row + i * apart >= 0) & (row + i * apart < height))[:, None]
             inside = inside & (column + j * aside >= 0) & (column + j * aside < width)
             found[:, :, lines, pixels] += torch.where((places == here) & inside, gradient, 0)
-    return dense(found[:, :, over : over + height, beside : beside + width])
+    return dense(found[:, :, over : over + height, beside : beside + width].to(gradient.dtype))

@@ -208,22 +208,27 @@ class Worker:
             DeviceError: the GPU is out of memory or broken.
         """
 
-        def run(tasks: Sequence[int], prepared: Prepared | None = None) -> MetaGradient:
-            drawn = prepared or self._drawn(tasks)
-            return self._parts.learner.meta_gradient(self._parts.model, params, drawn.received(), step)
+        def run(tasks: Sequence[int], ahead: range | None = None) -> MetaGradient:
+            prepared = self._prepared.pop(tasks, None) if isinstance(tasks, range) else None
+            batch = (prepared or self._drawn(tasks)).received()
+            if ahead is not None:  # goes there while this one is computed
+                self._draw_ahead(ahead)
+            return self._parts.learner.meta_gradient(self._parts.model, params, batch, step)
 
         reducer = Reducer(chunks, step)
         with self._numerics():
             params = self._load(flat, version)
-            for done, (leaf, tasks) in enumerate(share, start=1):
-                prepared = self._prepared.pop(tasks, None)
-                if self._sender.ahead and done < len(share):  # goes there while this one is computed
-                    self._draw_ahead(share[done].tasks)
-                with _named(run, tasks, f"step {step}"):
-                    part = run(tasks, prepared)
-                assert part.gradient.shape == self._flat.shape, f"a gradient of shape {tuple(part.gradient.shape)}"
-                reducer.add(replace(part, step=step, node=Node(leaf, leaf + 1)))
-                after_each(done)
+            try:
+                for done, (leaf, tasks) in enumerate(share, start=1):
+                    ahead = share[done][1] if self._sender.ahead and done < len(share) else None
+                    with _named(run, tasks, f"step {step}"):
+                        part = run(tasks, ahead)
+                    assert part.gradient.shape == self._flat.shape, f"a gradient of shape {tuple(part.gradient.shape)}"
+                    reducer.add(replace(part, step=step, node=Node(leaf, leaf + 1)))
+                    after_each(done)
+            finally:
+                for _, tasks in share:  # after an error nobody asks for them any more
+                    self._prepared.pop(tasks, None)
         return reducer.parts()
 
     def prepare(self, batches: Sequence[range]) -> None:

@@ -78,6 +78,29 @@ def test_the_same_numbers_from_fewer_products(function: Callable[..., object]) -
     assert (batched, *left) == CASES[function]
 
 
+def written(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """What a product has read is written to before the sum is taken."""
+    own = x * 2
+    product = torch.bmm(own.transpose(1, 2), y)
+    own.zero_()
+    return product.sum(0)
+
+
+def in_another_type(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return torch.bmm(x.transpose(1, 2), y).sum(0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("function", [written, in_another_type])
+def test_what_would_be_another_number_stays(function: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    x, y, weight = torch.randn(TASKS, ROWS, INNER), torch.randn(TASKS, ROWS, INNER), torch.randn(INNER, COLUMNS)
+    program = recorded(function, x, y, weight)
+    join_products(program)
+    (found,), expected = program(x, y, weight), function(x, y, weight)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 def test_one_task_is_left_as_it_is() -> None:
     x = torch.randn(1, ROWS, INNER)
     program = recorded(lambda x, weight: torch.bmm(x, weight.expand(1, INNER, COLUMNS)), x, torch.randn(INNER, COLUMNS))

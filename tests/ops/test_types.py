@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "pooling, dilated": (lambda x: F.max_pool2d(x, (2, 3), 1, 0, (2, 1)).pow(2), [(2, 5, 6, 6)]),
     "relu": (lambda x: F.relu(x).pow(2), [(3, 4, 5)]),
     "batch norm": (lambda x, *affine: F.batch_norm(x, None, None, *affine, training=True), [(6, 4, 3, 2), (4,), (4,)]),
+    "convolution, overlapping": (lambda *given: F.conv2d(*given, padding=1), [(3, 16, 9, 9), (16, 16, 3, 3)]),
     "convolution": (lambda *given: F.conv2d(*given, stride=2, padding=1), [(3, 4, 7, 6), (5, 4, 3, 3), (5,)]),
 }
 
@@ -73,6 +74,8 @@ def test_no_further_from_float64(
     factor, share = SLACK[dtype]
     for own, general, exact in zip(found[True], found[False], right, strict=True):
         assert own.dtype == general.dtype == dtype
-        scale = exact.abs().max().clamp(1)
+        scale, size = exact.abs().max().clamp(1), exact.square().mean().sqrt()
         error, usual = ((value.double() - exact).abs().max() / scale for value in (own, general))
         assert error <= factor * usual + share
+        error, usual = ((value.double() - exact).square().mean().sqrt() for value in (own, general))
+        assert error <= factor * usual + torch.finfo(dtype).eps / 2 * size + 1e-7

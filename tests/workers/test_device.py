@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from raymeta.algorithms import MAML
+from raymeta.episodes import Episodes
 from raymeta.errors import InputError
 from raymeta.evaluation import EvaluationSettings
 from raymeta.outer_optimizer import OuterSettings
@@ -99,6 +100,16 @@ def test_batches_are_sent_to_a_gpu_beside_what_it_computes():
         there = received()
         for name in ("support_x", "support_y", "query_x", "query_y", "tasks"):
             assert torch.equal(getattr(there, name).cpu(), getattr(batch, name))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_rows_that_share_their_memory_or_have_gaps_are_sent_too():
+    grid, many = torch.linspace(-1, 1, 8)[:, None], torch.randn(3, 12, 1)
+    batch = Episodes(grid.expand(3, 8, 1), many[:, :8], many[:, 8:], many[:, 4:8], torch.arange(3))
+    there = Sender(torch.device("cuda"), torch.float32).send(batch)()
+    for name in ("support_x", "support_y", "query_x", "query_y"):
+        assert torch.equal(getattr(there, name).cpu(), getattr(batch, name))
 
 
 @pytest.mark.gpu
