@@ -1,11 +1,13 @@
 """One peer in a process of its own: made once, then one turn at a time as the main process asks.
 
-Peak memory is the peak of the resident size during the timed steps less what was resident before the first one,
-summed over the processes that compute.
+Peak memory is the peak of the resident size during the timed steps less what was resident before anything was computed
+(the peer made, its worker processes started, not yet warmed), summed over the processes that compute.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import time
@@ -31,10 +33,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Ready:
-    """The peer's answer once it is made and has run twice.
+    """The peer's answer once it is made, warmed, and has run twice.
 
     Attributes:
-        first_seconds: making it and its first step: imports, compiling, tracing.
+        first_seconds: making and warming it, and its first step: imports, compiling, tracing.
         step_seconds: its second step.
         gradient: [P] of the second step.
     """
@@ -69,7 +71,9 @@ def _serve(connection: Connection, order: Order) -> None:
         peer = PEERS[order.peer].make(given, order.name, order.quick, order.threads)
         try:
             processes = (os.getpid(), *peer.processes())
+            give_back_what_is_free()
             before = resident_bytes(processes)
+            peer.warm()
             peer.step()
             first_seconds = time.perf_counter() - started
             started = time.perf_counter()
@@ -104,6 +108,15 @@ def forget_peak(processes: Sequence[int]) -> None:
             Path(f"/proc/{process}/clear_refs").write_text("5")
         except OSError:
             return
+
+
+def give_back_what_is_free() -> None:
+    """This process returns to the system what it has freed, where glibc manages its memory."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # not glibc
+        return
 
 
 def resident_bytes(processes: Sequence[int]) -> int:

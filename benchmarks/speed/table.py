@@ -33,8 +33,11 @@ EXPLANATION = """
 - GFLOP/s count matrix products and convolutions of the plain loop (forward, backward, double backward; by
   `torch.utils.flop_counter`), whatever the peer really computes; beside it the share of the machine's own rate at
   2048 x 2048 float32 matrix products, which took turns too.
-- Memory is the peak of the resident size during the steps less what was resident before the first one, over all
-  processes that compute.
+- Memory is the peak of the resident size during the timed steps less what was resident before anything was computed
+  (libraries imported, weights and tasks there, worker processes started), added up over the processes that compute. So
+  it holds what the steps need at once; what compiling or recording has left (programs, compiled code, the libraries'
+  code that the first step loads: tens of MiB for each process, also where tensors are small); and freed memory that the
+  allocator keeps, for raymeta on purpose and of all its warming up. JAX has given back what choosing its form took.
 - `-`: not written for this peer.
 """
 SUMMARY = """

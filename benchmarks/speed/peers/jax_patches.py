@@ -1,7 +1,7 @@
 """JAX in its best form: jit, and the convolution as patches x matrix (its own is many times slower on CPUs).
 
 Which way over the tasks is fastest depends on the workload: all at once under `vmap`, one after the other in a
-`lax.scan`, or chunks of tasks in one. The constructor compiles and times each, and keeps the best.
+`lax.scan`, or chunks of tasks in one. `warm` compiles and times each, and keeps the best.
 
 Legend of shapes: T tasks, B rows, C channels; images are [B, height, width, C] here.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.speed.peers.peer import Peer
+from benchmarks.speed.process import give_back_what_is_free
 from benchmarks.speed.workloads import Problem
 from raymeta.models import MLP, Conv4
 
@@ -43,8 +44,12 @@ class JaxPatches(Peer):
             for value in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
         )
         loss = _cross_entropy if problem.workload.source().loss == "cross_entropy" else _squared_error
-        query_loss = partial(_after_adaptation, forward, loss, problem.inner_rate, problem.inner_steps)
-        self.compiled, self.note, self.compile_seconds = self._best(query_loss, len(batch))
+        self.query_loss = partial(_after_adaptation, forward, loss, problem.inner_rate, problem.inner_steps)
+        self.tasks = len(batch)
+
+    def warm(self) -> None:
+        self.compiled, self.note, self.compile_seconds = self._best(self.query_loss, self.tasks)
+        give_back_what_is_free()  # what the other forms have held is no part of the one that is kept
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
         """Images [T, B, C, height, width] with the channels last; other rows as they are."""

@@ -29,9 +29,11 @@ class _Pool(Peer):
         self.pool = pool
         self.tasks = range(len(problem.batch))
         self.params = ParameterLayout.of(problem.params()).flatten(problem.params())
-        # A worker records a chunk's computation when it has met its shape so often; a training makes many steps.
-        calls = max(1, len(self.tasks) // size // pool.workers)
-        for _ in range(math.ceil((RECORD_AFTER + 2) / calls)):
+        self.calls = max(1, len(self.tasks) // size // pool.workers)  # of each worker in a step
+
+    def warm(self) -> None:
+        """A worker records a chunk's computation when it has met its shape so often; a training makes many steps."""
+        for _ in range(math.ceil((RECORD_AFTER + 2) / self.calls)):
             self.step()
 
     def step(self) -> MetaGradient:
