@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.children import Failed, call
-from benchmarks.speed.process import forget_peak, give_back_what_is_free, peak_bytes, resident_bytes
+from benchmarks.speed.resident import forget_peak, give_back_what_is_free, peak_bytes, resident_bytes
 
 MAPPED_FROM_BYTES = 64 << 10
 HEADER_BYTES, ALIGNMENT_BYTES = 32, 64  # of one of glibc's mappings; of torch's tensors

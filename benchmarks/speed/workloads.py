@@ -63,10 +63,10 @@ class Workload:
             torch.manual_seed(0)
             return MODELS[self.model](source.input_shape, source.outputs, **self.arguments)
 
-    def drawn(self, numbers: Sequence[int] | None = None) -> DrawnTasks:
-        """The tasks of the step; `numbers`: others."""
+    def drawn(self, numbers: Sequence[int] | None = None, device: str = "cpu") -> DrawnTasks:
+        """The tasks of the step, on `device`; `numbers`: others."""
         chosen = steady_tasks(self.name)[: self.tasks] if numbers is None else numbers
-        return DrawnTasks(self.source(), tuple(chosen))
+        return DrawnTasks(self.source(), tuple(chosen), device)
 
     def learner(self, **changes: Any) -> MAML:
         """raymeta's learner for it."""
@@ -174,10 +174,10 @@ def workload(name: str, quick: bool = False) -> Workload:
     return replace(found, tasks=found.quick_tasks) if quick else found
 
 
-def worker_parts(name: str, quick: bool, **settings: Any) -> WorkerParts:
+def worker_parts(name: str, quick: bool, device: str = "cpu", **settings: Any) -> WorkerParts:
     """What a worker of raymeta computes with, for the workload of that name; `settings`: of the learner."""
     chosen = workload(name, quick)
-    source = chosen.drawn()
+    source = chosen.drawn(device=device)
     return WorkerParts(source, source, chosen.build_model(), chosen.learner(**settings))
 
 
@@ -202,6 +202,11 @@ class Problem:
     loss: Callable[[Tensor, Tensor], Tensor]
 
     @property
+    def device(self) -> str:
+        """Of the weights and tasks."""
+        return self.batch.support_x.device.type
+
+    @property
     def inner_steps(self) -> int:
         return self.workload.inner_steps
 
@@ -219,12 +224,17 @@ class Problem:
         return {name: value.detach() for name, value in self.model.named_parameters()}
 
 
-def problem(chosen: Workload, dtype: torch.dtype = torch.float32, numbers: Sequence[int] | None = None) -> Problem:
-    """The workload's weights and tasks in `dtype`; `numbers`: of other tasks."""
-    model = replace_all_batch_norm_modules_(chosen.build_model()).to(dtype).train()
+def problem(
+    chosen: Workload,
+    dtype: torch.dtype = torch.float32,
+    numbers: Sequence[int] | None = None,
+    device: str = "cpu",
+) -> Problem:
+    """The workload's weights and tasks in `dtype` on `device`; `numbers`: of other tasks."""
+    model = replace_all_batch_norm_modules_(chosen.build_model()).to(device, dtype).train()
     rows = LOSSES[chosen.source().loss]
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return rows(outputs, targets).mean()
 
-    return Problem(chosen, model, chosen.drawn(numbers).batch.to("cpu", dtype), loss)
+    return Problem(chosen, model, chosen.drawn(numbers, device).batch.to(device, dtype), loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.speed.__main__ import main
 from benchmarks.speed.children import Failed, PeerProcess, call
 from benchmarks.speed.peers import PEERS
 from benchmarks.speed.peers.raymeta_pools import chunk_size
 from benchmarks.speed.process import Order
 from benchmarks.speed.reference import reference
-from benchmarks.speed.run import chosen_peers, expectations, relative_difference, steps_in_turn
+from benchmarks.speed.run import catalogue, chosen_peers, expectations, relative_difference, steps_in_turn
 from benchmarks.speed.table import markdown
+from benchmarks.speed.workers import run_workers
 from benchmarks.speed.workloads import WORKLOADS, Workload, problem, worker_parts, workload
 from raymeta.chunks import activation_bytes
 
@@ -27,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 # Those that may compute in this process. JAX starts threads of its own, and has its own test; what Ray workers compute
 # is compared in the run of the whole command below.
 IN_PROCESS = [
-    name for name in PEERS if name not in ("jax", "raymeta-workers", "raymeta-compiled", "matrix-products", "vmap-kept")
+    name
+    for name, peer in PEERS.items()
+    if peer.devices != ("cuda",)
+    and name not in ("jax", "raymeta-workers", "raymeta-compiled", "matrix-products", "vmap-kept")
 ]
 MLP, CONV4 = "mlp-sinusoid", "conv4-1step-1query"
 
@@ -51,7 +57,7 @@ def gradient(peer: str, name: str) -> np.ndarray:
         parts, chosen = worker_parts(name, quick=False), tiny(name)
         params = parts.learner.init(parts.model, 0)
         return parts.learner.meta_gradient(parts.model, params, chosen.drawn().batch, 0).gradient.numpy()
-    made = PEERS[peer].make(problem(tiny(name)), name, False, 1)
+    made = PEERS[peer].make(problem(tiny(name)), Order(name, peer, False, 1))
     try:
         made.step()
         return made.flat(made.step())  # the second: a step leaves nothing behind that changes the next
@@ -77,8 +83,35 @@ def test_the_peers_agree_on_every_workload(peer: str, name: str) -> None:
         assert relative_difference(gradient(peer, name), exact(name)) < WORKLOADS[name].tolerance
 
 
+def test_every_model_has_a_form_in_jax_and_both_convolutions_are_the_same() -> None:
+    pytest.importorskip("jax", reason="jax is not installed: pip install -e '.[bench]'")
+    # In a process of its own, as above.
+    script = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.speed.peers.jax_models import FORWARDS, by_patches, native
+from benchmarks.speed.workloads import WORKLOADS
+
+assert {type(each.build_model()) for each in WORKLOADS.values()} <= set(FORWARDS)
+random = np.random.default_rng(0)
+for size, stride in ((3, 1), (3, 2), (1, 1)):
+    x = jnp.asarray(random.standard_normal((2, 9, 7, 4)), "float32")
+    kernel = jnp.asarray(random.standard_normal((size, size, 4, 5)), "float32")
+    both = (
+        jax.value_and_grad(lambda k, way=way: jnp.square(way(x, k, stride)).sum())(kernel)
+        for way in (by_patches, native)
+    )
+    for one, other in zip(*both, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, timeout=120, check=True)
+
+
 @pytest.mark.parametrize(
-    "name", [MLP, *(pytest.param(name, marks=pytest.mark.long) for name in WORKLOADS if name.startswith("conv4"))]
+    "name", [MLP, *(pytest.param(name, marks=pytest.mark.long) for name in WORKLOADS if name != MLP)]
 )
 def test_jax_agrees(name: str) -> None:
     pytest.importorskip("jax", reason="jax is not installed: pip install -e '.[bench]'")
@@ -86,11 +119,11 @@ def test_jax_agrees(name: str) -> None:
     peer.end()
     wanted, _ = call(expectations, name, True, 1)
     assert relative_difference(peer.ready.gradient, wanted) < WORKLOADS[name].tolerance
-    assert "scan" in peer.ready.note
+    assert name == "resnet12" or "scan" in peer.ready.note  # of one task there is one form
 
 
 def held_bytes(name: str) -> int:
-    """What one chunk's gradient must hold at once: of each convolution, batch norm and ReLU one output, for the way back
+    """What one chunk's gradient must hold at once: of each convolution, batch norm and ReLU one output for the way back
     (conv4's three have the same size)."""
     parts = worker_parts(name, quick=True)
     params = parts.learner.init(parts.model, 0)
@@ -163,18 +196,105 @@ def test_a_turn_is_neither_one_moment_nor_an_hour() -> None:
     assert steps_in_turn(1e-6) == 50
 
 
+def test_low_precision_is_bounded_and_told_from_float32() -> None:
+    """A GPU's row, here on the CPU: bfloat16 is what both have."""
+    peer = PeerProcess(Order(MLP, "raymeta-bfloat16", True, 1))
+    peer.end()
+    wanted, _ = call(expectations, MLP, True, 1)
+    difference = relative_difference(peer.ready.gradient, wanted)
+    assert WORKLOADS[MLP].tolerance < difference < PEERS["raymeta-bfloat16"].tolerance
+
+
+def test_the_peers_of_each_device() -> None:
+    on_cpu, on_gpu = call(catalogue, "cpu"), call(catalogue, "cuda")
+    low = {"raymeta-tf32", "raymeta-bfloat16"}
+    assert set(on_gpu) - set(on_cpu) == low
+    assert set(on_cpu) - set(on_gpu) == {"raymeta-workers", "vmap-kept"}
+    assert {name for name, peer in on_gpu.items() if peer["tolerance"] > 0} == low
+    assert all(peer["tolerance"] == 0 for peer in on_cpu.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_jax_without_a_gpu_says_so() -> None:
+    pytest.importorskip("jax", reason="jax is not installed: pip install -e '.[bench]'")
+    assert call(catalogue, "cuda")["jax"]["missing"] == "this JAX has no GPU"
+    assert call(catalogue, "cpu")["jax"]["missing"] == ""
+
+
+def command(*arguments: str, seconds: float = 280) -> subprocess.CompletedProcess[str]:
+    """The benchmark with these arguments, in a process of its own."""
+    whole = [sys.executable, "-m", "benchmarks.speed", *arguments]
+    return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_measured_and_one_line_says_so(tmp_path: Path) -> None:
+    output = tmp_path / "results.md"
+    done = command("--device", "cuda", "--output", str(output), seconds=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("nothing was measured: --device=cuda, but torch ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_a_gpu_is_not_mixed_with_one_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results.md"
+    output.with_suffix(".json").write_text(json.dumps({"workloads": {}, "memory": []}))  # as the first ones are
+    with pytest.raises(SystemExit, match="2"):
+        main(["--device", "cuda", "--update", "--output", str(output)])
+    assert f"the run at {output} was on cpu, this one is on cuda" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_gradients_agree_and_memory_is_counted(tmp_path: Path) -> None:
+    output = tmp_path / "results.md"
+    done = command("--device", "cuda", "--quick", "--workloads", f"{MLP},{CONV4}", "--output", str(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(output.with_suffix(".json").read_text())
+    assert results["machine"]["gpu"]["name"] in output.read_text()
+    for row in results["workloads"].values():
+        raymeta = {name: peer for name, peer in row["peers"].items() if name.startswith("raymeta")}
+        assert raymeta["raymeta"]["gradient_difference"] < row["tolerance"]
+        for name in ("raymeta", "raymeta-tf32", "raymeta-bfloat16", "vmap", "clone-update"):
+            assert row["peers"][name]["status"] == "ok", name
+            assert row["peers"][name]["peak_bytes"] > 0, name
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores")
+def test_two_workers_are_measured_against_one(tmp_path: Path) -> None:
+    output = tmp_path / "results.md"
+    done = command("--quick", "--workloads", "workers", "--output", str(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(output.with_suffix(".json").read_text())["workers"]
+    assert found["ratio"] == pytest.approx(found["one_worker_seconds"] / found["two_workers_seconds"])
+    assert 0 < found["beside_compute_least_milliseconds"] <= found["beside_compute_milliseconds"]
+    assert found["beside_compute_milliseconds"] < 1e3 * found["main_job_seconds"]
+    text = output.read_text()
+    assert f"| 2 workers against 1, tasks/s | {found['ratio']:.2f}x | 1.9x |" in text
+    assert f"The outer update (here by {found['optimizer'].capitalize()})" in text
+
+
+def test_two_workers_are_not_measured_on_one_core() -> None:
+    found = run_workers(quick=True, threads=1, say=pytest.fail)
+    assert found["status"] == "not measured: 2 workers need 2 cores, and --threads is 1"
+
+
 @pytest.mark.long
 @pytest.mark.ray
 def test_the_command_writes_the_table_and_the_numbers(tmp_path: Path) -> None:
     output = tmp_path / "results.md"
-    command = [sys.executable, "-m", "benchmarks.speed", "--quick", "--workloads", f"{MLP},memory", "--threads", "1"]
-    command += ["--peers", "clone-update,raymeta,raymeta-workers", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    peers = "clone-update,raymeta,raymeta-workers"
+    arguments = ["--quick", "--workloads", f"{MLP},memory,workers", "--threads", "1", "--peers", peers]
+    done = command(*arguments, "--output", str(output))
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(output.with_suffix(".json").read_text())
-    peers = results["workloads"][MLP]["peers"]
-    assert [peer["status"] for peer in peers.values()] == ["ok"] * 3
-    assert all(peer["seconds"] > 0 and peer["steps"] >= 2 for peer in peers.values())
+    found = results["workloads"][MLP]["peers"]
+    assert [peer["status"] for peer in found.values()] == ["ok"] * 3
+    assert all(peer["seconds"] > 0 and peer["steps"] >= 2 and peer["peak_bytes"] > 0 for peer in found.values())
     flat = {case["inner_steps"]: case for case in results["memory"] if case["memory"] == "flat"}
     unrolled = {case["inner_steps"]: case for case in results["memory"] if case["memory"] == "unrolled"}
     assert 0 < flat[10]["peak_bytes"] < unrolled[10]["peak_bytes"]
@@ -182,8 +302,9 @@ def test_the_command_writes_the_table_and_the_numbers(tmp_path: Path) -> None:
     assert text == markdown(results)
     for title in ("learn2learn's task loop", "raymeta, 1 process", "raymeta, Ray workers of 1 thread"):
         assert f"| {title} |" in text
+    assert "## Ray workers\n\nnot measured: 2 workers need 2 cores" in text
     # What differs is named and not timed.
-    peers["raymeta"] = {"status": "differs", "gradient_difference": 0.1, "first_seconds": 1.0, "note": ""}
+    found["raymeta"] = {"status": "differs", "gradient_difference": 0.1, "first_seconds": 1.0, "note": ""}
     row = next(line for line in markdown(results).splitlines() if line.startswith("| raymeta, 1 process |"))
     assert "gradient differs: not timed" in row
     assert "ms" not in row

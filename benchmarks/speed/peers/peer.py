@@ -39,6 +39,10 @@ class Peer(ABC):
         """The processes that compute beside this one: their memory counts too."""
         return ()
 
+    def in_memory_of(self, device: str) -> bool:
+        """Whether the peer takes its memory where it is counted on this device: on a GPU from torch's allocator."""
+        return True
+
     def close(self) -> None:  # noqa: B027 (most start nothing)
         """End what the peer started."""
 
