@@ -30,7 +30,8 @@ class _Pool(Peer):
     def __init__(self, problem: Problem, pool: WorkerPool, size: int) -> None:
         self.pool = pool
         self.tasks = range(len(problem.batch))
-        self.params = ParameterLayout.of(problem.params()).flatten(problem.params())
+        # Where a training's driver has them; a GPU's worker copies them there, and its gradient back, in each step.
+        self.params = ParameterLayout.of(problem.params()).flatten(problem.params()).cpu()
         self.calls = max(1, len(self.tasks) // size // pool.workers)  # of each worker in a step
 
     def warm(self) -> None:
