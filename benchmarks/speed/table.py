@@ -23,6 +23,11 @@ COLUMNS = {
         "raymeta-bfloat16": "raymeta, bfloat16",
     },
 }
+# Whom raymeta is compared with: the columns, and a peer or a kind of peers, whose fastest it is.
+OTHERS = {
+    "cpu": {"fastest library": "library", "vmap": "vmap", "JAX": "jax"},
+    "cuda": {"learn2learn": "clone-update", "fastest library": "library", "vmap": "vmap", "JAX": "jax"},
+}
 RATIOS = {"cpu": tuple(COLUMNS["cpu"]), "cuda": ("raymeta", "raymeta-compiled")}
 NOT_MEASURED = "not measured"
 
@@ -81,9 +86,9 @@ workers / in 1 process with `algorithm.compile=true` (for small models). "Fastes
 TorchOpt and learn2learn's loop.
 """,
     "cuda": """
-Median milliseconds of a step; the last three columns say how many times as fast raymeta is in float32 / with
+Median milliseconds of a step; the last four columns say how many times as fast raymeta is in float32 / with
 `algorithm.compile=true` (for small models). "Fastest library" is the fastest of higher, TorchOpt and learn2learn's
-loop.
+loop, which has a column of its own.
 """,
 }
 WORKERS = """
@@ -131,8 +136,10 @@ def _summary(results: Results) -> str:
     rows, device = [], _device(results)
     for row in results["workloads"].values():
         peers, catalogue = row["peers"], results["peers"]
-        library = _fastest(peers, [name for name in peers if catalogue[name]["kind"] == "library"])
-        others = [library, _fastest(peers, ["vmap"]), _fastest(peers, ["jax"])]
+        others = [
+            _fastest(peers, [name for name in peers if wanted in (name, catalogue[name]["kind"])])
+            for wanted in OTHERS[device].values()
+        ]
         own = {name: peers.get(name, {}).get("seconds") for name in COLUMNS[device]}
         cells = [row["title"]]
         cells += [_milliseconds(peers[name]["seconds"]) if name else "-" for name in others]
@@ -142,7 +149,8 @@ def _summary(results: Results) -> str:
             theirs = peers[name]["seconds"] if name else None
             cells.append(" / ".join(_ratio(theirs, own[each]) for each in compared))
         rows.append(cells)
-    head = ["workload", "fastest library", "vmap", "JAX", *COLUMNS[device].values(), "x library", "x vmap", "x JAX"]
+    head = ["workload", *OTHERS[device], *COLUMNS[device].values()]
+    head += [f"x {name.removeprefix('fastest ')}" for name in OTHERS[device]]
     return f"## Summary\n{SUMMARY[device]}\n{_table(head, rows)}"
 
 
