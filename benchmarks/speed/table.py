@@ -71,8 +71,8 @@ CIRCUMSTANCES = {
 MEMORY_IS = {
     "cpu": """Memory is the peak of the resident size during the timed steps less what was resident before anything was
   computed (libraries imported, weights and tasks there, worker processes started), added up over the processes that
-  compute. So it holds what the steps need at once; what compiling or recording has left (programs, compiled code, the
-  libraries' code that the first step loads: tens of MiB for each process, also where tensors are small); and freed
+  compute. So it holds what the steps need at once; what compiling or recording has left in each process (programs,
+  compiled code, and the code and modules that it loads: 75 MiB for raymeta, however small the tensors); and freed
   memory that the allocator keeps, for raymeta on purpose and of all its warming up. JAX has given back what choosing
   its form took.""",
     "cuda": """Memory is the most that torch's allocator has given out at a time (`torch.cuda.max_memory_allocated`)
