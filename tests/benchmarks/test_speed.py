@@ -83,18 +83,26 @@ def test_the_peers_agree_on_every_workload(peer: str, name: str) -> None:
         assert relative_difference(gradient(peer, name), exact(name)) < WORKLOADS[name].tolerance
 
 
-def test_every_model_has_a_form_in_jax_and_both_convolutions_are_the_same() -> None:
+def test_the_models_in_jax_are_torchs_and_both_convolutions_are_the_same() -> None:
     pytest.importorskip("jax", reason="jax is not installed: pip install -e '.[bench]'")
     # In a process of its own, as above.
     script = """
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.speed.peers.jax_models import FORWARDS, by_patches, native
-from benchmarks.speed.workloads import WORKLOADS
+from benchmarks.speed.peers.jax_patches import JaxPatches
+from benchmarks.speed.workloads import WORKLOADS, problem
 
-assert {type(each.build_model()) for each in WORKLOADS.values()} <= set(FORWARDS)
+for name in ("conv4-1step-1query", "conv4-84x84", "mlp-sinusoid", "transformer", "resnet12"):
+    given = problem(replace(WORKLOADS[name], tasks=1))
+    peer = JaxPatches(given)
+    found = FORWARDS[type(given.model)](given.model, by_patches, peer.weights, peer.batch[0][0])
+    expected = given.model(given.batch.support_x[0]).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), err_msg=name)
 random = np.random.default_rng(0)
 for size, stride in ((3, 1), (3, 2), (1, 1)):
     x = jnp.asarray(random.standard_normal((2, 9, 7, 4)), "float32")
