@@ -70,11 +70,11 @@ CIRCUMSTANCES = {
 }
 MEMORY_IS = {
     "cpu": """Memory is the peak of the resident size during the timed steps less what was resident before anything was
-  computed (libraries imported, weights and tasks there, worker processes started), added up over the processes that
-  compute. So it holds what the steps need at once; what compiling or recording has left in each process (programs,
-  compiled code, and the code and modules that it loads: 75 MiB for raymeta, however small the tensors); and freed
-  memory that the allocator keeps, for raymeta on purpose and of all its warming up. JAX has given back what choosing
-  its form took.""",
+  computed (libraries imported, also those that torch imports late; weights and tasks there; worker processes started),
+  added up over the processes that compute. So it holds what the steps need at once; what recording or compiling has
+  left (programs, compiled code); the libraries' own code that the first step pages in (about 8 MiB a process); and
+  freed memory that the allocator keeps, for raymeta on purpose and of all its warming up. JAX has given back what
+  choosing its form took.""",
     "cuda": """Memory is the most that torch's allocator has given out at a time (`torch.cuda.max_memory_allocated`)
   since before anything was computed, less what it had given out then (weights and tasks). Recording and capturing a
   graph count: its replays use what the capture took. JAX, with an allocator of its own, has no figure.""",

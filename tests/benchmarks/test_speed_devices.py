@@ -12,10 +12,9 @@ import torch
 
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.children import PeerProcess, call
-from benchmarks.speed.peers import PEERS
 from benchmarks.speed.process import Order
 from benchmarks.speed.run import catalogue, expectations, relative_difference
-from benchmarks.speed.workloads import WORKLOADS
+from benchmarks.speed.workloads import WORKLOADS, worker_parts, workload
 
 ROOT = Path(__file__).parents[2]
 MLP, CONV4 = "mlp-sinusoid", "conv4-1step-1query"
@@ -27,13 +26,17 @@ def command(*arguments: str, seconds: float = 280) -> subprocess.CompletedProces
     return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
-def test_low_precision_is_bounded_and_told_from_float32() -> None:
+def test_low_precision_is_told_from_float32_and_from_first_order() -> None:
     """A GPU's row, here on the CPU: bfloat16 is what both have."""
     peer = PeerProcess(Order(MLP, "raymeta-bfloat16", True, 1))
     peer.end()
     wanted, _ = call(expectations, MLP, True, 1)
     difference = relative_difference(peer.ready.gradient, wanted)
-    assert WORKLOADS[MLP].tolerance < difference < PEERS["raymeta-bfloat16"].tolerance
+    assert WORKLOADS[MLP].tolerance < difference < WORKLOADS[MLP].bfloat16_tolerance
+    parts = worker_parts(MLP, quick=True, outer_gradient="first_order")
+    params = parts.learner.init(parts.model, 0)
+    first_order = parts.learner.meta_gradient(parts.model, params, workload(MLP, quick=True).drawn().batch, 0)
+    assert relative_difference(first_order.gradient.numpy(), wanted) > 2 * WORKLOADS[MLP].bfloat16_tolerance
 
 
 def test_the_peers_of_each_device() -> None:
@@ -41,8 +44,8 @@ def test_the_peers_of_each_device() -> None:
     low = {"raymeta-tf32", "raymeta-bfloat16"}
     assert set(on_gpu) - set(on_cpu) == low
     assert set(on_cpu) - set(on_gpu) == {"raymeta-workers", "vmap-kept"}
-    assert {name for name, peer in on_gpu.items() if peer["tolerance"] > 0} == low
-    assert all(peer["tolerance"] == 0 for peer in on_cpu.values())
+    assert {name for name, peer in on_gpu.items() if peer["of_bfloat16"] > 0} == low
+    assert all(peer["of_bfloat16"] == 0 for peer in on_cpu.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -53,6 +54,8 @@ class OneProcess(_Pool):
     """LocalPool: one process with all the threads, or with the GPU. `settings`: of the learner, such as `compile`."""
 
     def __init__(self, problem: Problem, order: Order, **settings: Any) -> None:
+        if settings.get("compile"):
+            importlib.import_module("torch._inductor.compile_fx")  # loaded, as all libraries are, before memory counts
         build = partial(worker_parts, order.name, order.quick, order.device, **settings)
         size = chunk_size(build(), problem)
         pool = LocalPool(build, WorkerSettings(order.threads, order.device), size)
