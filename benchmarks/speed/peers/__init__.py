@@ -15,8 +15,8 @@ from benchmarks.speed.peers.task_loops import CloneAndUpdate, Higher, TorchOpt
 from benchmarks.speed.process import Order
 from benchmarks.speed.workloads import Problem
 
-# How far off a gradient may be in low precision, as a part of what the workload allows in bfloat16. (TF32 has three bits
-# more. How many units change sides is a chance: an eighth of the rounding is about a third of the difference.)
+# How far off a gradient may be in low precision, as a part of what the workload allows in bfloat16. TF32 has three bits
+# more; as units change sides at random, an eighth of the rounding makes about a third of the difference (not measured).
 LOW_PRECISION = {"tf32": 0.5, "bfloat16": 1.0}
 
 
