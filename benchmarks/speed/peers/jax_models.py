@@ -90,7 +90,7 @@ def _transformer(model: Transformer, convolve: Convolve, weights: Weights, x: An
     x = _linear(weights, "embed", x) + weights["positions"].T  # which `to_jax` has taken for a matrix
     for place, layer in enumerate(model.encoder.layers):
         name = f"encoder.layers.{place}"
-        heads: int = layer.self_attn.num_heads  # type: ignore[assignment, union-attr]
+        heads: int = layer.self_attn.num_heads
         x = x + _attention(weights, f"{name}.self_attn", heads, _layer_norm(weights, f"{name}.norm1", x))
         inside = jax.nn.relu(_linear(weights, f"{name}.linear1", _layer_norm(weights, f"{name}.norm2", x)))
         x = x + _linear(weights, f"{name}.linear2", inside)
