@@ -7,13 +7,14 @@ ARGS ?=
 # Processes for the tests.
 JOBS ?= 2
 
-.PHONY: help install train test test-long bench lint format clean
+.PHONY: help install train test test-long bench bench-gpu lint format clean
 
 help:
 	@echo "make train      install, then meta-train on Omniglot (5-way 1-shot) with local Ray workers: 5 minutes"
 	@echo "make test       install, then run the tests: 8 to 17 minutes; JOBS=8: in more processes"
 	@echo "make test-long  the tests that take minutes each"
-	@echo "make bench      install raymeta's peers too (0.5 GB), then time them: about 40 minutes; ARGS=--quick: under 2"
+	@echo "make bench      install raymeta's peers too (0.5 GB), then time them: about 45 minutes; ARGS=--quick: under 3"
+	@echo "make bench-gpu  the same on a GPU; where there is none it says so and ends"
 	@echo "make lint       ruff and mypy"
 	@echo "make install    only install, into $(VENV)"
 
@@ -43,6 +44,9 @@ $(VENV)/installed-bench: $(VENV)/installed
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+bench-gpu: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks.speed --device cuda $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

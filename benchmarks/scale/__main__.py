@@ -55,9 +55,10 @@ def _table(reached: dict[str, Any], rows: list[dict[str, Any]], limits: dict[int
         f"Two workers against one (conv4, 1 inner step, 15 queries, 32 tasks): {reached['ratio']:.2f}x "
         f"({reached['one_worker_seconds'] * 1e3:.0f} and {reached['two_workers_seconds'] * 1e3:.0f} ms a step); two "
         f"processes that know nothing of each other: {reached['unconnected_ratio']:.2f}x.",
-        "What driver and Ray add to a step (112 k parameters, 2 workers, the main job): median "
+        f"What driver and Ray add to a step ({reached['parameters']:,} parameters, 2 workers, the main job): median "
         f"{reached['beside_compute_milliseconds']:.1f}, least {reached['beside_compute_least_milliseconds']:.1f} ms of "
-        f"{reached['main_job_seconds'] * 1e3:.0f} ms.",
+        f"{reached['main_job_seconds'] * 1e3:.0f} ms. The outer update, by {reached['optimizer'].capitalize()}, is in "
+        f"neither figure: {reached['update_milliseconds']:.1f} ms.",
         "",
         "Medians in milliseconds, 8 tasks a step, first-order MAML of an MLP on sinusoids. With more workers than",
         "cores compute and gather hold waiting for a core, too.",

@@ -80,9 +80,9 @@ class PeerProcess(Child):
         """So many timed steps."""
         self.seconds += self.ask(steps)
 
-    def peak_bytes(self) -> int:
-        """Peak memory of its steps so far."""
-        peak: int = self.ask("memory")
+    def peak_bytes(self) -> int | None:
+        """Peak memory of its steps so far; None: it is not known."""
+        peak: int | None = self.ask("memory")
         return peak
 
 

@@ -8,21 +8,25 @@ import platform
 from pathlib import Path
 from typing import Any
 
-# Of the matrices whose products measure the machine: larger ones are no faster.
-MATRIX_SIZE = 2048
+# Of the matrices whose products measure the machine, by device: larger ones are no faster.
+MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}
 PACKAGES = ("raymeta", "torch", "ray", "numpy", "higher", "torchopt", "jax", "jaxlib")
 
 
-def confine(threads: int) -> None:
-    """This process and all that it starts: so many cores, so many threads, no GPU, no cluster elsewhere."""
+def confine(threads: int, device: str) -> None:
+    """This process and all that it starts: so many cores, so many threads, no GPU but where `device` is "cuda", no
+    cluster elsewhere."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[:threads])
     # NPROC is what JAX's CPU client takes its number of threads from.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NPROC"):
         os.environ[name] = str(threads)
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cuda":
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # JAX would take three quarters of the GPU's memory
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.pop("RAY_ADDRESS", None)
 
 
@@ -41,6 +45,25 @@ def description(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "load_at_start": round(os.getloadavg()[0], 1),
     }
+
+
+def lacking_gpu() -> str:
+    """Why nothing can be measured on a GPU here; "": there is one."""
+    import torch  # here: the main process does without
+
+    if torch.cuda.is_available():
+        return ""
+    built = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
+    return f"torch {torch.__version__} {built}"
+
+
+def gpu_description() -> dict[str, Any]:
+    """The GPU that the peers compute on: torch's first."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    gib = round(properties.total_memory / 2**30)
+    return {"name": properties.name, "memory_gib": gib, "cuda": torch.version.cuda}
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,6 @@ method that does not compute them again; what is judged is the rest. They are co
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import statistics
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.children import Failed, call
-from benchmarks.speed.process import forget_peak, peak_bytes, resident_bytes
+from benchmarks.speed.resident import forget_peak, give_back_what_is_free, peak_bytes, resident_bytes
 
 MAPPED_FROM_BYTES = 64 << 10
 HEADER_BYTES, ALIGNMENT_BYTES = 32, 64  # of one of glibc's mappings; of torch's tensors
@@ -103,7 +102,7 @@ def measure(case: Case) -> tuple[dict[str, Any], np.ndarray]:
     for _ in range(WARM_STEPS):
         step()
     processes = (os.getpid(),)
-    _give_back_what_is_free()
+    give_back_what_is_free()  # what earlier steps have freed is not to serve this one unseen
     forget_peak(processes)
     before = resident_bytes(processes)
     gradient = step()
@@ -135,15 +134,6 @@ def _mapped(size: int) -> int:
         return size
     page = os.sysconf("SC_PAGE_SIZE")
     return -(-(size + HEADER_BYTES + ALIGNMENT_BYTES) // page) * page
-
-
-def _give_back_what_is_free() -> None:
-    """What earlier steps have freed is not to serve this one unseen."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:  # not glibc
-        return
 
 
 def _map_every_tensor() -> None:

@@ -1,19 +1,16 @@
 """One peer in a process of its own: made once, then one turn at a time as the main process asks.
 
-Peak memory is the peak of the resident size during the timed steps less what was resident before the first one,
-summed over the processes that compute.
+Memory counts from before anything is computed: the peer is made, its worker processes are started, it is not yet warm.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,20 +18,21 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """Which peer computes what. `name` is a workload's."""
+    """Which peer computes what. `name` is a workload's, `device` "cpu" or "cuda"."""
 
     name: str
     peer: str
     quick: bool
     threads: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The peer's answer once it is made and has run twice.
+    """The peer's answer once it is made, warmed, and has run twice.
 
     Attributes:
-        first_seconds: making it and its first step: imports, compiling, tracing.
+        first_seconds: making and warming it, and its first step: imports, compiling, tracing.
         step_seconds: its second step.
         gradient: [P] of the second step.
     """
@@ -59,67 +57,48 @@ def _serve(connection: Connection, order: Order) -> None:
     # Imported here: the main process, and every process that is spawned from it, does without torch.
     import torch
 
+    from benchmarks.speed.devices import memory_of, waiting_for
     from benchmarks.speed.peers import PEERS
     from benchmarks.speed.workloads import problem, with_double_backward, workload
+    from raymeta.algorithms.task_model import products
 
     torch.set_num_threads(order.threads)
-    given = problem(workload(order.name, order.quick))
+    given = problem(workload(order.name, order.quick), device=order.device)
+    wait = waiting_for(order.device)
     started = time.perf_counter()
-    with with_double_backward():
-        peer = PEERS[order.peer].make(given, order.name, order.quick, order.threads)
+    with with_double_backward(), products("float32"):  # no TF32, which torch lets a GPU's convolutions use
+        peer = PEERS[order.peer].make(given, order)
         try:
-            processes = (os.getpid(), *peer.processes())
-            before = resident_bytes(processes)
-            peer.step()
+            memory = memory_of(order.device, (os.getpid(), *peer.processes()))
+            peer.warm()
+            timed_step(peer, wait)
             first_seconds = time.perf_counter() - started
-            started = time.perf_counter()
-            result = peer.step()
-            step_seconds = time.perf_counter() - started
+            result, step_seconds = timed_step(peer, wait)
             gradient = peer.flat(result)
             del result
             connection.send(Ready(first_seconds, peer.compile_seconds, step_seconds, gradient, peer.note))
-            forget_peak(processes)
+            memory.timed_steps_begin()
             while (asked := connection.recv()) != "end":
-                connection.send(peak_bytes(processes) - before if asked == "memory" else turn(peer, asked))
+                if asked == "memory":
+                    connection.send(memory.peak_bytes() if peer.in_memory_of(order.device) else None)
+                else:
+                    connection.send(turn(peer, asked, wait))
         finally:
             peer.close()
 
 
-def turn(peer: Any, steps: int) -> list[float]:
+def turn(peer: Any, steps: int, wait: Callable[[], None]) -> list[float]:
     """The seconds of `steps` steps. Before them comes one that is not timed: the peer whose turn it was before has
     emptied the caches, and who has waited for its turn starts slowly, while a training's steps follow each other."""
     peer.step()
-    seconds = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        peer.step()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+    return [timed_step(peer, wait)[1] for _ in range(steps)]
 
 
-def forget_peak(processes: Sequence[int]) -> None:
-    """Let the peaks of these processes begin at what they hold now, where Linux lets us."""
-    for process in processes:
-        try:
-            Path(f"/proc/{process}/clear_refs").write_text("5")
-        except OSError:
-            return
-
-
-def resident_bytes(processes: Sequence[int]) -> int:
-    """What these processes hold in memory now."""
-    return sum(_status_bytes(process, "VmRSS") for process in processes)
-
-
-def peak_bytes(processes: Sequence[int]) -> int:
-    """The most that each of these processes has held, added up."""
-    return sum(_status_bytes(process, "VmHWM") for process in processes)
-
-
-def _status_bytes(process: int, entry: str) -> int:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:  # no Linux: the peak of this process is what there is
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in lines if line.startswith(f"{entry}:"))
-    return int(line.split()[1]) * 1024
+def timed_step(peer: Any, wait: Callable[[], None]) -> tuple[Any, float]:
+    """What a step gives, and its seconds. The device has nothing else to do when the clock starts, and is done when it
+    stops."""
+    wait()
+    started = time.perf_counter()
+    result = peer.step()
+    wait()
+    return result, time.perf_counter() - started

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.speed.children import Failed, PeerProcess, call
+from benchmarks.speed.machine import MATRIX_SIZES
 from benchmarks.speed.process import Order
 
 MATRIX_PRODUCTS = "matrix-products"
@@ -35,6 +36,11 @@ class Plan:
     threads: int
     least_rounds: int
     seconds: float
+    device: str = "cpu"
+
+    def order(self, workload: str, peer: str) -> Order:
+        """What the process of this peer is to do."""
+        return Order(workload, peer, self.quick, self.threads, self.device)
 
 
 def expectations(name: str, quick: bool, threads: int) -> tuple[np.ndarray, float]:
@@ -60,7 +66,13 @@ def entries(name: str, quick: bool) -> dict[str, Any]:
     from benchmarks.speed.workloads import workload
 
     chosen = workload(name, quick)
-    return {"title": chosen.title, "model": chosen.model, "tasks": chosen.tasks, "tolerance": chosen.tolerance}
+    return {
+        "title": chosen.title,
+        "model": chosen.model,
+        "tasks": chosen.tasks,
+        "tolerance": chosen.tolerance,
+        "bfloat16_tolerance": chosen.bfloat16_tolerance,
+    }
 
 
 def workload_names() -> tuple[str, ...]:
@@ -70,14 +82,20 @@ def workload_names() -> tuple[str, ...]:
     return tuple(WORKLOADS)
 
 
-def catalogue() -> dict[str, dict[str, Any]]:
-    """The peers: title, kind, whether installed, for which models."""
+def catalogue(device: str) -> dict[str, dict[str, Any]]:
+    """The peers on this device, as the table and the run need them; "missing": what it lacks, "" for nothing."""
     from benchmarks.speed.peers import PEERS
 
     return {
-        name: {"title": peer.title, "kind": peer.kind, "installed": peer.installed(), "models": peer.models}
+        name: {
+            "title": peer.title,
+            "kind": peer.kind,
+            "missing": peer.missing(device),
+            "models": peer.models,
+            "of_bfloat16": peer.of_bfloat16,
+        }
         for name, peer in PEERS.items()
-        if name != MATRIX_PRODUCTS
+        if name != MATRIX_PRODUCTS and device in peer.devices
     }
 
 
@@ -92,9 +110,10 @@ def run_workload(name: str, plan: Plan, peers: dict[str, dict[str, Any]], say: C
     try:
         for peer in plan.peers:
             status = _unfit(peers[peer], row["model"])
-            results[peer] = {"status": status} if status else _start(peer, name, plan, exact, row["tolerance"], running)
+            tolerance = max(row["tolerance"], peers[peer]["of_bfloat16"] * row["bfloat16_tolerance"])
+            results[peer] = {"status": status} if status else _start(peer, name, plan, exact, tolerance, running)
             say(f"  {peer}: {_told(results[peer])}")
-        running[MATRIX_PRODUCTS] = PeerProcess(Order(name, MATRIX_PRODUCTS, plan.quick, plan.threads))
+        running[MATRIX_PRODUCTS] = PeerProcess(plan.order(name, MATRIX_PRODUCTS))
         _take_turns(running, plan, results, say)
         for peer, process in running.items():
             if peer != MATRIX_PRODUCTS:
@@ -103,20 +122,19 @@ def run_workload(name: str, plan: Plan, peers: dict[str, dict[str, Any]], say: C
     finally:
         for process in running.values():
             process.end()
-    from benchmarks.speed.machine import MATRIX_SIZE
-
     return {
         **row,
         "flop": flop,
         "untimed_first": True,
-        "matmul_flop_per_second": 2 * MATRIX_SIZE**3 / product,
+        "memory_from_the_first": True,
+        "matmul_flop_per_second": 2 * MATRIX_SIZES[plan.device] ** 3 / product,
         "peers": results,
     }
 
 
 def _unfit(peer: dict[str, Any], model: str) -> str | None:
-    if not peer["installed"]:
-        return "not installed"
+    if peer["missing"]:
+        return str(peer["missing"])
     return None if peer["models"] is None or model in peer["models"] else "-"
 
 
@@ -125,13 +143,14 @@ def _start(
 ) -> dict[str, Any]:
     """Make the peer and look at its gradient; it runs on only where that agrees."""
     try:
-        process = PeerProcess(Order(name, peer, plan.quick, plan.threads))
+        process = PeerProcess(plan.order(name, peer))
     except Failed as failure:
         return {"status": "failed", "message": str(failure)}
     ready = process.ready
     difference = relative_difference(ready.gradient, exact)
     found = {
         "gradient_difference": difference,
+        "tolerance": tolerance,
         "first_seconds": ready.first_seconds,
         "compile_seconds": ready.compile_seconds,
         "note": ready.note,

@@ -75,10 +75,12 @@ class RandomClasses:
 class DrawnTasks:
     """The training tasks `numbers` of `source`, drawn once: a step of raymeta then times the arithmetic, as its peers'
     steps do, and not the drawing. They are numbered from 0 on, and after the last comes the first (a pool draws ahead).
+    On a GPU they are there before, as its peers' are.
     """
 
     source: TaskSource
     numbers: tuple[int, ...]
+    device: str = "cpu"
 
     @property
     def loss(self) -> str:
@@ -103,7 +105,7 @@ class DrawnTasks:
     @cached_property
     def batch(self) -> Episodes:
         """All of them."""
-        return self.source.tasks("train", self.numbers)
+        return self.source.tasks("train", self.numbers).to(self.device)
 
     def tasks(self, split: str, indices: Sequence[int]) -> Episodes:
         """Those at these places."""

@@ -1,7 +1,8 @@
 """JAX in its best form: jit, and the convolution as patches x matrix (its own is many times slower on CPUs).
 
 Which way over the tasks is fastest depends on the workload: all at once under `vmap`, one after the other in a
-`lax.scan`, or chunks of tasks in one. The constructor compiles and times each, and keeps the best.
+`lax.scan`, or chunks of tasks in one. `warm` compiles and times each, on a GPU also with XLA's own convolution, and
+keeps the best.
 
 Legend of shapes: T tasks, B rows, C channels; images are [B, height, width, C] here.
 """
@@ -18,46 +19,61 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.speed.peers.jax_models import FORWARDS, Convolve, Weights, by_patches, native, to_jax, to_torch
 from benchmarks.speed.peers.peer import Peer
+from benchmarks.speed.resident import give_back_what_is_free
 from benchmarks.speed.workloads import Problem
-from raymeta.models import MLP, Conv4
 
-Weights = dict[str, Any]
 CHUNK_TASKS = 4
 TRIALS = 3
+
+
+def has_gpu() -> bool:
+    """Whether this JAX computes on a GPU here."""
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:  # it has no such backend, or finds no device
+        return False
 
 
 class JaxPatches(Peer):
     """See the module."""
 
     def __init__(self, problem: Problem) -> None:
-        model = problem.model
-        assert isinstance(model, Conv4 | MLP), f"no JAX form of {type(model).__name__}"
-        self.names = [name for name, _ in model.named_parameters()]
-        self.images = isinstance(model, Conv4)
-        forward = partial(_conv4, model) if isinstance(model, Conv4) else _mlp
-        self.weights = {name: jnp.asarray(_to_jax(value.numpy())) for name, value in problem.params().items()}
+        self.problem = problem
+        if problem.device == "cuda":
+            jax.config.update("jax_default_matmul_precision", "highest")  # without it a GPU's products are TF32's
+        self.names = [name for name, _ in problem.model.named_parameters()]
+        self.weights = {name: jnp.asarray(to_jax(value.cpu().numpy())) for name, value in problem.params().items()}
         batch = problem.batch
         self.batch = tuple(
-            jnp.asarray(self._rows(value.numpy()))
+            jnp.asarray(_rows(value.cpu().numpy()))
             for value in (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
         )
+
+    def query_loss(self, convolve: Convolve) -> Callable[..., Any]:
+        """(weights, one task) -> the query loss after its inner steps."""
+        problem = self.problem
+        forward = partial(FORWARDS[type(problem.model)], problem.model, convolve)
         loss = _cross_entropy if problem.workload.source().loss == "cross_entropy" else _squared_error
-        query_loss = partial(_after_adaptation, forward, loss, problem.inner_rate, problem.inner_steps)
-        self.compiled, self.note, self.compile_seconds = self._best(query_loss, len(batch))
+        return partial(_after_adaptation, forward, loss, problem.inner_rate, problem.inner_steps)
 
-    def _rows(self, rows: np.ndarray) -> np.ndarray:
-        """Images [T, B, C, height, width] with the channels last; other rows as they are."""
-        return np.ascontiguousarray(np.moveaxis(rows, 2, -1)) if self.images and rows.ndim == 5 else rows
+    def warm(self) -> None:
+        self.compiled, self.note, self.compile_seconds = self._best(len(self.problem.batch))
+        give_back_what_is_free()  # what the other forms have held is no part of the one that is kept
 
-    def _best(self, query_loss: Callable[..., Any], tasks: int) -> tuple[Any, str, float]:
-        forms = {"vmap": tasks, "scan": 1, f"scan over chunks of {CHUNK_TASKS}": CHUNK_TASKS}
+    def _best(self, tasks: int) -> tuple[Any, str, float]:
+        ways = {"vmap": tasks, "scan": 1, f"scan over chunks of {CHUNK_TASKS}": CHUNK_TASKS}
+        forms = {way: (size, by_patches) for way, size in ways.items()}
+        if self.problem.device == "cuda" and self.batch[0].ndim == 5:
+            forms |= {f"{way}, XLA's convolution": (size, native) for way, size in ways.items()}
         found: list[tuple[float, str, float, Any]] = []
-        for name, size in forms.items():
+        for name, (size, convolve) in forms.items():
             if tasks % size or (size == CHUNK_TASKS and tasks == size):
                 continue
+            gradient = jax.jit(partial(_summed_gradient, self.query_loss(convolve), size))
             started = time.perf_counter()
-            compiled = jax.jit(partial(_summed_gradient, query_loss, size)).lower(self.weights, self.batch).compile()
+            compiled = gradient.lower(self.weights, self.batch).compile()
             compile_seconds = time.perf_counter() - started
             seconds = []
             for _ in range(TRIALS):
@@ -74,17 +90,15 @@ class JaxPatches(Peer):
         return result
 
     def flat(self, result: Weights) -> np.ndarray:
-        return np.concatenate([_to_torch(np.asarray(result[name])).reshape(-1) for name in self.names])
+        return np.concatenate([to_torch(np.asarray(result[name])).reshape(-1) for name in self.names])
+
+    def in_memory_of(self, device: str) -> bool:
+        return device == "cpu"
 
 
-def _to_jax(weight: np.ndarray) -> np.ndarray:
-    """A kernel [out, in, 3, 3] as [3, 3, in, out]; a matrix [out, in] as [in, out]; a vector as it is."""
-    return np.ascontiguousarray(weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T)
-
-
-def _to_torch(weight: np.ndarray) -> np.ndarray:
-    """The inverse of `_to_jax`."""
-    return weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T
+def _rows(rows: np.ndarray) -> np.ndarray:
+    """Images [T, B, C, height, width] with the channels last; other rows as they are."""
+    return np.ascontiguousarray(np.moveaxis(rows, 2, -1)) if rows.ndim == 5 else rows
 
 
 def _summed_gradient(query_loss: Callable[..., Any], chunk: int, weights: Weights, batch: tuple[Any, ...]) -> Weights:
@@ -128,44 +142,3 @@ def _cross_entropy(outputs: Any, targets: Any) -> Any:
 
 def _squared_error(outputs: Any, targets: Any) -> Any:
     return jnp.square(outputs - targets).mean()
-
-
-def _mlp(weights: Weights, x: Any) -> Any:
-    layers = [name.removesuffix(".weight") for name in weights if name.startswith("body.") and name.endswith("weight")]
-    for layer in sorted(layers, key=lambda name: int(name.split(".")[1])):
-        x = jax.nn.relu(x @ weights[f"{layer}.weight"] + weights[f"{layer}.bias"])
-    return x @ weights["head.weight"] + weights["head.bias"]
-
-
-def _conv4(model: Conv4, weights: Weights, x: Any) -> Any:
-    for place in range(len(model.blocks)):
-        convolution: Any = model.blocks[place][0]  # type: ignore[index]
-        kernel, stride = weights[f"blocks.{place}.0.weight"], convolution.stride[0]
-        x = _patches(x, stride) @ kernel.reshape(-1, kernel.shape[-1]) + weights[f"blocks.{place}.0.bias"]
-        x = _normalised(x) * weights[f"blocks.{place}.1.weight"] + weights[f"blocks.{place}.1.bias"]
-        x = jax.nn.relu(x)
-        if stride == 1:
-            x = _max_pool(x)
-    x = x.mean((1, 2)) if model.pooling == "mean" else jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
-    return x @ weights["head.weight"] + weights["head.bias"]
-
-
-def _patches(x: Any, stride: int) -> Any:
-    """[B, height', width', 9 C], for a 3x3 kernel with padding 1."""
-    height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    down, across = (height - 1) // stride * stride + 1, (width - 1) // stride * stride + 1
-    windows = [padded[:, i : i + down : stride, j : j + across : stride] for i in range(3) for j in range(3)]
-    return jnp.concatenate(windows, axis=-1)
-
-
-def _normalised(x: Any) -> Any:
-    mean = x.mean((0, 1, 2))
-    variance = jnp.square(x - mean).mean((0, 1, 2))
-    return (x - mean) * lax.rsqrt(variance + 1e-5)
-
-
-def _max_pool(x: Any) -> Any:
-    """2x2, by slices: the derivative of XLA's own windows is many times slower on CPUs."""
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    return jnp.maximum(jnp.maximum(x[:, ::2, ::2], x[:, ::2, 1::2]), jnp.maximum(x[:, 1::2, ::2], x[:, 1::2, 1::2]))

@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 class Peer(ABC):
-    """Made once in its own process; the constructor is not timed.
+    """Made once in its own process, then warmed, then asked for steps. Neither of the first two is timed.
+
+    The constructor computes nothing: what the process holds when it returns is not counted as memory of the steps.
 
     Attributes:
         note: what the table says beside the name (the chosen form).
@@ -21,6 +23,9 @@ class Peer(ABC):
 
     note = ""
     compile_seconds: float | None = None
+
+    def warm(self) -> None:  # noqa: B027 (most have nothing to prepare)
+        """Once, before the first step: compile, record, choose a form; all that computes, and is not the step."""
 
     @abstractmethod
     def step(self) -> Any:
@@ -33,6 +38,10 @@ class Peer(ABC):
     def processes(self) -> Sequence[int]:
         """The processes that compute beside this one: their memory counts too."""
         return ()
+
+    def in_memory_of(self, device: str) -> bool:
+        """Whether the peer takes its memory where it is counted on this device: on a GPU from torch's allocator."""
+        return True
 
     def close(self) -> None:  # noqa: B027 (most start nothing)
         """End what the peer started."""
