@@ -46,28 +46,25 @@ def test_every_learner_is_here() -> None:
 
 @EACH
 @pytest.mark.parametrize("ways", [5, 20])
-def test_one_configuration_serves_any_ways(name: str, ways: int) -> None:
-    """A meta-gradient of such tasks, then a test with the shots of training and one with five."""
-    several = [f"tasks.ways={ways}", f"evaluation.ways={ways}"]
-    for shots in (1, 5):
-        config = configured(name, *several, f"evaluation.shots={shots}")
-        parts = build.check(config)
-        flat = ParameterLayout.of(params := build.first_params(config, parts)).flatten(params)
-        tasks = parts.evaluation_source.tasks("test", range(TEST_TASKS))
-        assert tasks.support_x.shape[1] == ways * shots
-        assert tasks.query_x.shape[1] == ways * 2
-        with build.make_pool(config) as pool:
-            if shots == 1:
-                found = pool.meta_gradient(flat, 0, range(2))
-                assert found.bad_tasks == ()
-                assert bool(found.gradient.isfinite().all())
-                assert bool(found.gradient.any()) == bool(config.outer.steps)  # a floor has none
-            judged = evaluate(pool, flat, "test", TEST_TASKS, "accuracy")
-        for evaluation in judged.values():
-            evaluation.require_finite(0)
-        found = scores(parts, params, tasks)
-        assert found.shape == (TEST_TASKS, 2 * ways, ways)
-        assert bool(found.isfinite().all())
+def test_one_configuration_serves_any_ways_and_shots(name: str, ways: int) -> None:
+    """A meta-gradient of 1-shot tasks; test tasks of one shot, as in training, and of five."""
+    config = configured(name, f"tasks.ways={ways}", f"evaluation.ways={ways}", "evaluation.shots=5")
+    parts = build.check(config)
+    flat = ParameterLayout.of(params := build.first_params(config, parts)).flatten(params)
+    with build.make_pool(config) as pool:
+        learned = pool.meta_gradient(flat, 0, range(2))
+        judged = evaluate(pool, flat, "test", TEST_TASKS, "accuracy")
+    assert learned.bad_tasks == ()
+    assert bool(learned.gradient.isfinite().all())
+    assert bool(learned.gradient.any()) == bool(config.outer.steps)  # a floor has none
+    for evaluation in judged.values():
+        evaluation.require_finite(0)
+    assert parts.evaluation_source.tasks("test", [0]).support_x.shape[1] == ways * 5
+    one_shot = parts.source.tasks("test", range(TEST_TASKS))
+    assert one_shot.support_x.shape[1] == ways
+    found = scores(parts, params, one_shot)
+    assert found.shape == (TEST_TASKS, ways, ways)
+    assert bool(found.isfinite().all())
 
 
 def scores(parts: WorkerParts, params: Params, tasks: Episodes) -> Tensor:
