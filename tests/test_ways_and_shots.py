@@ -36,7 +36,8 @@ def configured(name: str, *changes: str) -> Config:
         f"algorithm.{key}={size}" for key, size in sizes.items() if (given.algorithm.arguments.get(key) or 0) > size
     ]
     fewer += ["model.filters=4"] if "filters" in given.model.arguments else []
-    fewer += ["workers.backend=local", "algorithm.chunk_tasks=2", "tasks.queries=1", "evaluation.queries=2"]
+    fewer += ["workers.backend=local", "algorithm.chunk_tasks=2"]
+    fewer += ["tasks.shots=1", "tasks.queries=1", "evaluation.queries=2"]
     return load_config(recipe, [*own, *fewer, *changes])
 
 
