@@ -28,7 +28,7 @@ EACH = pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 
 
 def configured(name: str, *changes: str) -> Config:
-    """The recipe, with less of everything but ways and shots."""
+    """The recipe with one shot, and less of everything but ways."""
     recipe, *own = OTHERS.get(name, (name,))
     given = load_config(recipe, own)
     sizes = {"inner_steps": 2, "solver_steps": 2, "generated": 2, "width": 8, "units": 8, "filters": 8}
