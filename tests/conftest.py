@@ -34,6 +34,7 @@ RAY_TESTS = (
     "tests/tune/test_search_ray.py",
     "tests/tune/test_watch.py",
     "tests/workers/test_faults.py",
+    "tests/workers/test_learners_on_ray.py",
     "tests/workers/test_ray_pool.py",
 )
 

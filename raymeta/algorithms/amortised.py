@@ -43,6 +43,10 @@ class Amortised(LearnedMap, MAML):
         width, depth: of h and g: numbers in a layer, hidden layers.
         fit_rate: of the fits, which are Adam's with a rate that falls to 0 as a cosine.
         inner_steps: after the prediction, in training; `evaluation.inner_steps` at test.
+
+    Departs from its kin: a hypernetwork (arXiv 1609.09106) makes weights from learned codes of the layers, here one
+    perceptron makes all P numbers from a code of the task, as a change of theta_0; Deep Sets (arXiv 1703.06114) sum
+    over a set, here the mean is taken, so that other shots than in training have a meaning.
     """
 
     inner_steps: int = 0

@@ -1,6 +1,7 @@
 """Learning the map from a task's data to a classifier on a fixed embedding; see `raymeta.algorithms.learned_map`.
 
-Close to predicting weights from activations (arXiv 1706.03466) and to LGM-Net; the stages are our own.
+Close to predicting weights from activations (arXiv 1706.03466) and to LGM-Net (arXiv 1905.06331); the stages are our
+own.
 
 Legend: T tasks, N ways, S support rows, Q query rows, D embedding size, R = `width`.
 """
@@ -44,6 +45,10 @@ class AmortisedHead(LearnedMap, EmbeddingLearner):
             Networks). Optima have a meaning for a fixed embedding alone.
         inner_steps, inner_rate: gradient steps on the support set's mean loss, after the prediction.
         fit_steps: Newton steps; a dozen lead to where rounding begins.
+
+    Departs from its kin: in arXiv 1706.03466 a class's weights depend on its own activations alone, here on the mean
+    over all classes, too, and they are a change of w_n = s (p_n - p); LGM-Net generates a network's convolutions, here
+    it is the last layer alone.
     """
 
     width: int = 128

@@ -10,11 +10,16 @@ from raymeta.errors import InputError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class ANIL(MAML):
-    """MAML in which only the parameters of `head` take inner steps; all others are learned by the outer loop alone.
+    """MAML in which only the parameters w of `head` take inner steps; all others, theta, are learned by the outer loop
+    alone (section 4): w_{i+1} = w_i - inner_rate * grad_w L_support(theta, w_i), and the outer loss is
+    L_query(theta, w_k), for theta and w_0.
 
     Attributes:
         head: the name of the module (or of several, by their common prefix, dot by dot) that a task changes; None:
             the module of the last parameter. "" is the whole model: then this is MAML.
+
+    Departs from the paper: `head` may be other layers than the last; any inner rule, any number of steps, and the
+    first-order gradient, where they are set.
     """
 
     head: str | None = None

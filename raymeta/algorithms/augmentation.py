@@ -55,6 +55,11 @@ class Augmentation(EmbeddingLearner):
         generated: M. The latent draws behind them are the same for every class and task.
         latent_size: Z. width, depth: of the generator's perceptrons.
         ridge: see above. newton_steps: to the minimum.
+
+    Departs from its kin: the hallucinator of arXiv 1801.05401 learns from the classifier's loss through the enlarged
+    support set, and begins with single examples; the Delta-encoder (arXiv 1806.04734) encodes differences between pairs
+    of examples. Here the generator learns from the distribution of rows about their class's mean, and the embedding
+    learns as if there were none.
     """
 
     generated: int = 20
@@ -169,6 +174,9 @@ class VAEAugmentation(Augmentation):
     means, with the three by 0.7): noise^2 is what fits best, for each task the mean square of what its reconstructions
     miss (Rybkin, Daniilidis, Levine 2021, arXiv 2006.13202); both perceptrons have a linear map beside them, so that it
     begins as probabilistic principal components; and embeddings are in units of their classes' `spread`.
+
+    Departs from arXiv 1312.6114 by these three and by c, which encoder and decoder see; from its kin: see
+    `Augmentation`.
     """
 
     def perceptrons(self, size: int) -> dict[str, list[int]]:
@@ -204,6 +212,9 @@ class GANAugmentation(Augmentation):
     least squares (arXiv 1611.04076, equation 9), a gradient penalty of weight 1 (R1; arXiv 1801.04406, equation 9),
     and feature matching (arXiv 1606.03498, section 3.1) of the embeddings themselves, without which the generator runs
     away from them, to 86 times their distance from the class means after 1,500 steps.
+
+    Departs from arXiv 1411.1784 and 1611.04076: the condition is c, beside which the judge sees x - c; penalty and
+    matching; one outer step updates both. From its kin: see `Augmentation`.
     """
 
     def perceptrons(self, size: int) -> dict[str, list[int]]:

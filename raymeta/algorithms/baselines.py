@@ -28,12 +28,15 @@ ROWS, TARGETS, COUNTS = "rows", "targets", "counts"
 
 @dataclass(frozen=True, kw_only=True)
 class NearestNeighbour(EmbeddingLearner):
-    """A query is of the class of its nearest support row; a class's score is minus the distance to its nearest row.
-    In regression it has the target of its nearest row. Rows are compared as they are ("pixels" in table 1 of arXiv
-    1606.04080): the model has no part in it.
+    """A query q is of the class of its nearest support row: score_n = -min of d(q, s_i) over the support rows i of
+    class n. In regression q has the target y_j of its nearest row, j = argmin_i d(q, s_i). Rows are compared
+    as they are ("pixels" in table 1 of arXiv 1606.04080): the model has no part in it.
 
     Attributes:
-        distance: "cosine", 1 - x'y / |x||y|, as in that table; "euclidean", |x - y|^2.
+        distance: d. "cosine", 1 - x'y / |x||y|, as in that table; "euclidean", |x - y|^2.
+
+    Departs from the paper: nothing with classes and the cosine; the other distance and regression are additions. The
+    loss is reported of scores that nothing has scaled: only their order means something.
     """
 
     distance: Literal["cosine", "euclidean"] = "cosine"
@@ -80,8 +83,13 @@ def distances(query: Tensor, rows: Tensor, distance: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FromScratch(MAML):
-    """Every task trains the model from the same first weights, drawn from the seed, on its support set alone; any inner
-    rule of `GradientLearner`."""
+    """theta_{i+1} = theta_i - inner_rate * grad L_support(theta_i): every task trains the model on its support set
+    alone, from the same first weights theta_0, drawn from the seed, which the outer loop leaves as they are. It is the
+    randomly initialised model that the MAML paper compares with (arXiv 1703.03400, section 5.3).
+
+    Departs from the paper: supervised tasks, not reinforcement learning; one draw of theta_0 for all tasks; any inner
+    rule of `GradientLearner`.
+    """
 
     inner_steps: int = 50
     inner_rate: float = 0.01

@@ -32,7 +32,10 @@ class MAML(GradientLearner):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstOrderMAML(MAML):
-    """MAML with the inner gradients counted as constants (section 5.2): the outer gradient is that of L_query at
-    theta_k, and no second derivative is computed."""
+    """MAML with the inner gradients counted as constants (section 5.2): d theta_k / d theta_0 = 1, so that the outer
+    gradient is that of L_query at theta_k, and no second derivative is computed.
+
+    Departs from the paper as `MAML` does. What the inner rule adds to a gradient, weight decay, is no constant.
+    """
 
     outer_gradient: Literal["exact", "first_order", "displacement", "implicit"] = "first_order"

@@ -38,7 +38,8 @@ HEAD_ABSENT = "task head/absent"
 
 @dataclass(frozen=True, kw_only=True)
 class MultiTask(MAML):
-    """Outer loss: the plain loss of all rows of all tasks. Adaptation: `inner_steps` of fine-tuning on the support set.
+    """Outer loss: sum over the tasks of the mean over all their rows, support and query, of loss(f_theta(x), y).
+    Adaptation: theta_{i+1} = theta_i - inner_rate * grad L_support(theta_i), `inner_steps` times from theta.
 
     With classes (`training_classes` given) the model is an embedding: a joint linear head over all C training classes
     is trained with it, and a task fine-tunes a new linear head that starts at 0. Without classes (regression) the
@@ -46,6 +47,10 @@ class MultiTask(MAML):
 
     Attributes:
         fine_tune: "all" parameters, or the "head" alone (only with classes).
+
+    Departs from the papers: the rows of a training step come task by task, with the classes that its tasks have; Chen
+    et al. fine-tune the head alone, which is `fine_tune` = "head", by mini-batches, which are `inner_batch`; the MAML
+    paper tunes the rate of fine-tuning, which is a setting here.
     """
 
     inner_steps: int = 50

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raymeta.algorithms import (
     ANIL,
     CAVIA,
+    LEARNERS,
     LEO,
     MAML,
     R2D2,
@@ -193,6 +194,24 @@ EXACT: dict[str, Learner] = {
     "multi_task": MultiTask(training_classes=TRAINING_CLASSES, embedding_size=EMBEDDING),
 }
 
+# Small where the defaults are large; everything else is as it ships.
+SMALL: dict[str, Any] = {
+    "reptile": {"inner_batch": 4},
+    "imaml": {"inner_steps": 4},
+    "relation_networks": {"filters": 6, "embedding_size": 4},
+    "from_scratch": {"inner_steps": 3},
+    "snail": {"embedding_size": 4, "outputs": 3, "filters": 6},
+    "memory_augmented_network": {"embedding_size": 4, "outputs": 3, "units": 8, "slots": 6},
+    "leo": {"embedding_size": 4, "code_size": 8, "latent_size": 6},
+    "amortised": {"input_size": 36, "outputs": 3, "width": 16},
+    "amortised_head": {"embedding_size": 4, "width": 16},
+    "vae_augmentation": {"embedding_size": 4, "width": 16, "generated": 5},
+    "gan_augmentation": {"embedding_size": 4, "width": 16, "generated": 5},
+    "conditional_neural_process": {"embedding_size": 4, "width": 32},
+    "attentive_neural_process": {"embedding_size": 4, "width": 32},
+    "multi_task": {"inner_steps": 3, "training_classes": 7, "embedding_size": 4},
+}
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -201,6 +220,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=list(LEARNERS))
+def learner(request: pytest.FixtureRequest) -> Learner:
+    """Each learner that ships."""
+    return LEARNERS[request.param](**SMALL.get(request.param, {}))
 
 
 @pytest.fixture(params=list(EXACT))
@@ -249,6 +274,7 @@ def small() -> Any:
         relative_error = staticmethod(relative_error)
         shapes = SHAPES
         exact = EXACT
+        sizes = SMALL
         training_classes = TRAINING_CLASSES
         embedding = EMBEDDING
 

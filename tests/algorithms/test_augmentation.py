@@ -15,6 +15,7 @@ from raymeta.algorithms.augmentation import Augmentation, spread
 from raymeta.algorithms.convex_head import LogisticHead, solution
 from raymeta.algorithms.perceptron import perceptron
 from raymeta.errors import InputError
+from raymeta.metrics import masked_means
 from raymeta.params import Params, with_prefix
 
 SMALL: Any = {"embedding_size": 4, "width": 6, "latent_size": 3, "generated": 5}
@@ -77,6 +78,58 @@ def test_generator_and_judge_each_descend_their_own(small: Any) -> None:
         part = {name: value for name, value in own.items() if name.startswith(prefix)}
         gradient = {name: leaves[name].grad for name in part}
         small.central_differences(lambda p, f=objective: f({**own, **p}), part, gradient)
+
+
+@KINDS
+@pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])
+def test_the_whole_gradient_is_central_differences(
+    small: Any, learner: Augmentation, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the model that of the loss that is reported; of the learner's own perceptrons that of what each descends, on
+    the embeddings that the model makes in the step."""
+    model, params, batch = small.problem(learner, "conv4", masks=masks)
+    seen: list[Any] = []
+    descended: Any = type(learner).generator_loss
+
+    def noted(self: Augmentation, own: Params, *given: Any) -> Tensor:
+        seen[:] = given
+        return descended(self, own, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(learner), "generator_loss", noted)
+        gradient = small.gradient(learner, model, params, batch)
+    centres, x, noise, mask = seen
+    assert (mask is not None) == masks
+    assert not x.requires_grad
+    assert not centres.requires_grad
+    assert all(bool(value.any()) for name, value in gradient.items() if ".0.bias" not in name)  # before a batch norm
+    of_model = {name: value for name, value in params.items() if name.startswith("model.")}
+    reported = small.loss(learner, model, batch)
+    small.central_differences(lambda part: reported({**params, **part}), of_model, gradient)
+    if learner is VAE:
+        own = {name: value for name, value in params.items() if name not in of_model}
+        small.central_differences(lambda own: float(VAE.generator_loss(own, *seen).sum()), own, gradient)
+        return
+
+    def judged(own: Params, of: Tensor) -> Tensor:
+        return perceptron(with_prefix(own, "judge."), torch.cat([of - centres, centres], -1))[..., 0]
+
+    def of_judge(part: Params) -> float:
+        own, real = {**params, **part}, x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(judged(own, real).sum(), real)
+        made = GAN.generate(params, centres, noise)
+        rows = (judged(own, x) - 1).square() + judged(own, made).square() + slope.square().sum(2)
+        return float(0.5 * masked_means(rows.detach(), mask).sum())
+
+    def of_generator(part: Params) -> float:
+        made = GAN.generate({**params, **part}, centres, noise)
+        apart = torch.stack([masked_means((made - x)[..., place], mask) for place in range(4)], 1)
+        fooled = masked_means(0.5 * (judged(params, made) - 1).square(), mask)
+        return float((fooled + apart.square().mean(1)).sum())
+
+    for prefix, objective in (("judge.", of_judge), ("generator.", of_generator), ("linear.", of_generator)):
+        part = {name: value for name, value in params.items() if name.startswith(prefix)}
+        small.central_differences(objective, part, gradient)
 
 
 @pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from raymeta.algorithms import MAML, Learner, MAMLPlusPlus, MetaSGD
+from raymeta.algorithms import CAVIA, MAML, Amortised, Learner, MAMLPlusPlus, MetaCurvature, MetaSGD
 from raymeta.params import Params
 
 KINDS = ("mlp", "conv4", "transformer", "recurrent", "dropout")
@@ -37,16 +37,30 @@ def test_every_kind_of_model(small: Any, name: str, kind: str) -> None:
     small.central_differences(small.loss(learner, model, batch), params, gradient, tolerance, size)
 
 
+OF_ANY_LOSS: dict[str, Learner] = {
+    "maml": MAML(inner_rate=0.2, inner_steps=3, memory="flat"),
+    "meta_sgd": MetaSGD(inner_steps=2),
+    "cavia": CAVIA(inner_rate=0.3, inner_steps=2, context_size=3),
+    "meta_curvature": MetaCurvature(inner_rate=0.2, inner_steps=2),
+    "amortised": Amortised(width=6, input_size=5),
+    "amortised_steps": Amortised(width=6, input_size=5, inner_steps=2, inner_rate=0.2),
+}
+
+
 @pytest.mark.parametrize(("loss", "metric", "outputs"), [
     ("mean_squared_error", "mean_squared_error", 2), ("logistic", "binary_accuracy", 1),
 ])  # fmt: skip
+@pytest.mark.parametrize("name", list(OF_ANY_LOSS))
 @pytest.mark.parametrize("masks", [False, True], ids=["full", "masks"])
-def test_every_loss(small: Any, loss: str, metric: str, outputs: int, masks: bool) -> None:
-    learner = MAML(inner_rate=0.2, inner_steps=3, memory="flat", loss=loss, metric=metric)
+def test_every_loss(small: Any, loss: str, metric: str, outputs: int, name: str, masks: bool) -> None:
+    learner = replace(OF_ANY_LOSS[name], loss=loss, metric=metric)
+    if "outputs" in learner.settings():
+        learner = replace(learner, outputs=outputs)  # type: ignore[call-arg]
     model = small.model("mlp", outputs)
     params = learner.init(model, 0)
     batch = small.tasks((5,), loss=loss, targets=outputs, masks=masks)
     gradient = small.gradient(learner, model, params, batch)
+    assert all(float(value.abs().max()) > 0 for value in gradient.values())
     small.central_differences(small.loss(learner, model, batch), params, gradient)
 
 

@@ -36,32 +36,8 @@ from raymeta.algorithms.sequence_learner import SequenceLearner
 from raymeta.errors import InputError
 from raymeta.params import ParameterLayout
 
-# Small where the defaults are large; everything else is as it ships.
-SMALL: dict[str, Any] = {
-    "reptile": {"inner_batch": 4},
-    "imaml": {"inner_steps": 4},
-    "relation_networks": {"filters": 6, "embedding_size": 4},
-    "from_scratch": {"inner_steps": 3},
-    "snail": {"embedding_size": 4, "outputs": 3, "filters": 6},
-    "memory_augmented_network": {"embedding_size": 4, "outputs": 3, "units": 8, "slots": 6},
-    "leo": {"embedding_size": 4, "code_size": 8, "latent_size": 6},
-    "amortised": {"input_size": 36, "outputs": 3, "width": 16},
-    "amortised_head": {"embedding_size": 4, "width": 16},
-    "vae_augmentation": {"embedding_size": 4, "width": 16, "generated": 5},
-    "gan_augmentation": {"embedding_size": 4, "width": 16, "generated": 5},
-    "conditional_neural_process": {"embedding_size": 4, "width": 32},
-    "attentive_neural_process": {"embedding_size": 4, "width": 32},
-    "multi_task": {"inner_steps": 3, "training_classes": 7, "embedding_size": 4},
-}
-
 # Learners that the outer loop teaches nothing.
 FLOORS = (FromScratch, NearestNeighbour)
-
-
-@pytest.fixture(params=list(LEARNERS))
-def learner(request: pytest.FixtureRequest) -> Learner:
-    """Each learner that ships."""
-    return LEARNERS[request.param](**SMALL.get(request.param, {}))
 
 
 def test_it_is_a_frozen_value_that_travels(small: Any, learner: Learner) -> None:

@@ -26,7 +26,7 @@ def search(**blocks: Any) -> dict[str, Any]:
 
 
 def test_there_are_searches() -> None:
-    assert len(CONFIGS) >= 6
+    assert len(CONFIGS) >= 7
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

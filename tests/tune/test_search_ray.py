@@ -46,6 +46,7 @@ CHANGES = {
         "search.algorithm.inner_steps={randint: [1, 2]}",
         "tasks.ways=5",
     ],
+    "omniglot-r2d2": ["tune.scheduler.grace_period=2"],
     "sinusoid-maml": ["tune.scheduler.grace_period=2"],
     "sinusoid-meta-sgd": ["tune.scheduler.grace_period=2"],
 }
