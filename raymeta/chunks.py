@@ -32,7 +32,9 @@ def chunk_tasks(parts: WorkerParts, params: Params, tasks_per_step: int, device:
     Args:
         device: "cpu" or "cuda".
     """
-    each = activation_bytes(parts, params)
+    each, patches = _activation_and_patch_bytes(parts, params)
+    if device == "cuda":  # where a convolution writes out its patches (`raymeta.ops.patches`), one layer's at a time
+        each += patches
     by_memory = CHUNK_BYTES[device] // max(1, each)
     worth_a_call = LEAST_BYTES[device] // each if each else 1
     spread = min(TASKS_PER_CHUNK[device], tasks_per_step // LEAST_CHUNKS)
@@ -41,18 +43,25 @@ def chunk_tasks(parts: WorkerParts, params: Params, tasks_per_step: int, device:
 
 def activation_bytes(parts: WorkerParts, params: Params) -> int:
     """What the model's layers put out for the support and query rows of training task 0; 0 for other kinds of task."""
+    return _activation_and_patch_bytes(parts, params)[0]
+
+
+def _activation_and_patch_bytes(parts: WorkerParts, params: Params) -> tuple[int, int]:
+    """`activation_bytes`, and the most that one convolution's kernel sees of the same rows, place by place."""
     learner = parts.learner
     batch = parts.source.tasks("train", [0])
     x = getattr(batch, "support_x", None)
     if not isinstance(learner, Learner) or not isinstance(x, Tensor):
-        return 0
+        return 0, 0
     prepared = learner.prepared(parts.model)
-    total = 0
+    total = patches = 0
 
     def count(layer: nn.Module, inputs: object, output: object) -> None:
-        nonlocal total
+        nonlocal total, patches
         if isinstance(output, Tensor):
             total += output.nbytes
+            if isinstance(layer, nn.Conv2d):
+                patches = max(patches, output.nbytes // layer.out_channels * layer.weight[0].numel())
 
     layers = [layer for layer in prepared.module.modules() if not list(layer.children())]
     hooks = [layer.register_forward_hook(count) for layer in layers]
@@ -63,5 +72,5 @@ def activation_bytes(parts: WorkerParts, params: Params) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    rows = x.shape[1]
-    return total * (rows + batch.query_x.shape[1]) // rows
+    rows, all_rows = x.shape[1], x.shape[1] + batch.query_x.shape[1]
+    return total * all_rows // rows, patches * all_rows // rows

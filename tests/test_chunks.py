@@ -41,6 +41,17 @@ def test_the_rule(tasks: int, device: str, size: int, monkeypatch: pytest.Monkey
     assert chunk_tasks(parts, params, tasks, device) == 1  # type: ignore[arg-type]
 
 
+def test_on_a_gpu_the_patches_of_the_largest_convolution_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["tasks.ways=2", "tasks.queries=1", "model.filters=8", "workers.backend=local"]
+    parts, params = parts_of("omniglot-5w1s-maml", *settings)
+    each = activation_bytes(parts, params)  # type: ignore[arg-type]
+    patches = 4 * 4 * 7 * 7 * 9 * 8  # of 4 rows: the second layer's kernel sees 3 x 3 x 8 numbers at 7 x 7 places
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cuda", 5 * (each + patches))
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 5 * (each + patches))
+    assert chunk_tasks(parts, params, 1000, "cuda") == 5  # type: ignore[arg-type]
+    assert chunk_tasks(parts, params, 1000, "cpu") > 5  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("tasks", "size"), [(3, 3), (25, 10), (1000, 10)])
 def test_a_chunk_is_worth_its_calls(tasks: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, params = parts_of("sinusoid-10s-maml", *SINUSOID)
