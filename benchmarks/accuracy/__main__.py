@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.accuracy.rows import rows
+from benchmarks.accuracy.rows import RUNS, rows
 from benchmarks.accuracy.run import recorded, row
 from benchmarks.accuracy.table import tables
 
@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.add_argument("--rows", nargs="*", default=[], help="recipes; default: all of Omniglot 5-way, of sinusoids")
-    parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="where the runs lie")
+    parser.add_argument("--rows", nargs="*", default=[], help="which rows; default: all")
+    parser.add_argument("--output", type=Path, default=Path(RUNS), help="where the runs lie")
     shipped = "default: beside this file; with overrides, in OUTPUT"
     parser.add_argument("--record", type=Path, help=f"where a finished row's numbers lie; {shipped}")
     parser.add_argument("--table", type=Path, help=f"where the Markdown goes; {shipped}")
