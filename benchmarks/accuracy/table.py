@@ -38,8 +38,8 @@ def tables(found: list[dict[str, Any]]) -> str:
         "Omniglot, 5-way 1-shot, Vinyals split by character, 1,000 test tasks with 15 queries a class, mean and 95 %",
         "interval, the checkpoint chosen on validation, seed 0. Transductive: batch norms see the queries together;",
         "inductive: they use the support set's statistics. What is asked of a learner is judged by the transductive",
-        "column. Rotations: one is drawn for each class of a task; where marked *, each turned class is a class of its own,",
-        "in training and in test. The papers' figures are their authors' own settings.",
+        "column. Rotations: one is drawn for each class of a task; where marked *, each turned class is a class of its",
+        "own, in training and in test. The papers' figures are their authors' own settings.",
         "Minutes in brackets are by torch's kernels (`algorithm.kernels=task`): from before raymeta had its own, or of",
         "bfloat16, for which it has none.",
         "",
@@ -118,9 +118,9 @@ def _processes(rows: list[dict[str, Any]], marks: dict[str, str]) -> list[str]:
     """At the queries and at the points that were seen, beside the best that is possible where it is known."""
     lines = [
         "Neural processes, 1,000 test tasks: squared error and log likelihood of a target at the queries, and at the",
-        "context points: the support rows themselves, which attention can look up and a mean cannot. The exact posterior",
-        "knows length and scale of each curve's process; at the context it predicts another y at the same x, and its",
-        "error is what it takes for noise of the y that was seen.",
+        "context points: the support rows themselves, which attention can look up and a mean cannot. The exact",
+        "posterior knows length and scale of each curve's process; at the context it predicts another y at the same x,",
+        "and its error is what it takes for noise of the y that was seen.",
         "",
         "| `raymeta train` | outer steps | minutes | error: queries | context | log likelihood: queries | context |",
         "|---|---|---|---|---|---|---|",
@@ -147,15 +147,15 @@ def _at_both(found: dict[str, dict[str, Any]]) -> str:
 def _maps(rows: list[dict[str, Any]], marks: dict[str, str]) -> list[str]:
     """Three families, each by three kinds of supervision."""
     lines = [
-        "The map from a task's data to its parameters, by what it learned from: the loss at the queries, the parameters",
-        "of tasks fitted one by one (`raymeta fit`), or both. The test metric (squared error, or transductive accuracy",
-        f"in %) of the prediction, after {MAP_STEPS} gradient steps from there, and of the fitted optimum, which sees the",
-        "query rows, too. By `raymeta evaluate --gaps`: the query loss of prediction and optimum, the gap between them,",
-        "and how far the prediction lies from the optimum, as a share of how far the common start does. Minutes: of the",
-        "fits + of the row.",
+        "The map from a task's data to its parameters, by what it learned from: the loss at the queries, parameters of",
+        "tasks fitted one by one (`raymeta fit`), or both. The test metric (squared error, or transductive accuracy in",
+        f"%) of the prediction, after {MAP_STEPS} gradient steps from there, and of the fitted optimum, which sees the",
+        "query rows, too. By `raymeta evaluate --gaps`: the query loss of prediction and optimum, the gap between",
+        "them, and how far the prediction lies from the optimum, as a share of how far the common start does.",
+        "Minutes: of the fits + of the row.",
         "",
-        f"| `raymeta train` | supervision | fits (converged) | minutes | prediction | after {MAP_STEPS} steps | optimum | "
-        "loss: prediction | optimum (converged) | gap | distance |",
+        f"| `raymeta train` | supervision | fits (converged) | minutes | prediction | after {MAP_STEPS} steps "
+        "| optimum | loss: prediction | optimum (converged) | gap | distance |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -194,7 +194,8 @@ def _classification(row: dict[str, Any], marks: dict[str, str]) -> str:
     steps = test["batch"]["inner_steps"] or "none"
     values = [_percent(test[kind]) for kind in ("batch", "support")]
     turned = " *" if row.get("config", {}).get("tasks", {}).get("rotations") == "classes" else ""
-    return f"| `{_command(row)}`{turned} | {row['steps']:,} | {_minutes(row, marks)} | {steps} | {values[0]} | {values[1]} | {paper} |"
+    cells = [f"`{_command(row)}`{turned}", f"{row['steps']:,}", _minutes(row, marks), str(steps), *values, paper]
+    return f"| {' | '.join(cells)} |"
 
 
 def _command(row: dict[str, Any]) -> str:
