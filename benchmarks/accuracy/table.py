@@ -15,6 +15,7 @@ from benchmarks.accuracy.rows import (
     REASONS,
     SINUSOID,
     SINUSOID_SHOTS,
+    SUPERVISIONS,
     WITHOUT_GENERATED,
 )
 from benchmarks.accuracy.run import KERNELS, TORCH_KERNELS
@@ -158,23 +159,21 @@ def _maps(rows: list[dict[str, Any]], marks: dict[str, str]) -> list[str]:
         "| optimum | loss: prediction | optimum (converged) | gap | distance |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["recipe"], SUPERVISIONS.index(row["map"]["supervision"]))):
         about, gaps = row["map"], row["map"]["gaps"]
         fits, best = about["fits"], about["optimum"]
         minutes = _minutes(row, marks) if fits is None else f"{fits['seconds'] / 60:.1f} + {_minutes(row, marks)}"
-        name = row["recipe"] + (" (fixed embedding)" if row["config"]["algorithm"].get("fixed_embedding") else "")
+        fixed = ", fixed embedding" if row["config"]["algorithm"].get("fixed_embedding") else ""
         cells = [
-            f"`{row['recipe']}`" + name.removeprefix(row["recipe"]),
+            f"`{row['recipe']}`{fixed}",
             about["supervision"],
             "" if fits is None else f"{fits['tasks']:,} ({100 * fits['converged']:.1f} %)",
             minutes,
             _metric(row["test"]["batch"]),
             _metric(about["stepped"]),
-            mean_squared_error(gaps["optimum_loss"], 0.0)
-            if best is None
-            else _metric({**row["test"]["batch"], **best}),
+            f"{gaps['optimum_loss']:.4f}" if best is None else _metric({**row["test"]["batch"], **best}),
             f"{gaps['loss']:.4f}",
-            f"{gaps['optimum_loss']:.4f} ({100 * gaps['converged']:.1f} %)",
+            f"{gaps['optimum_loss']:.4f} ({100 * gaps['converged']:.1f} % of {about['gap_tasks']:,})",
             f"{gaps['loss'] - gaps['optimum_loss']:.4f}",
             f"{gaps['distance'] / gaps['first_distance']:.2f}",
         ]
