@@ -119,7 +119,7 @@ class GaussianProcess:
         low, high = (np.array([bounds[end] for bounds in ranges]) for end in (0, 1))
         values = low + (high - low) * random.random(len(ranges))
         own, x = values[:2], values[2:]
-        root = np.linalg.cholesky(self._covariance(x, *own, self.noise))
+        root = np.linalg.cholesky(self._covariance(x, own[0], own[1], self.noise))
         return own, x, root @ random.standard_normal(rows)
 
     def fingerprint(self) -> str:
