@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from raymeta.config import recipe_names
 
-# Accuracy in %, Omniglot 5-way 1-shot, from the papers themselves (Reptile: transductive; first-order MAML as Reptile's
-# authors report it, arXiv 1803.02999). Settings differ from ours, above all in the number of steps.
+# Accuracy in %, Omniglot 5-way 1-shot, from the papers themselves (Reptile: with transduction, and without; first-order
+# MAML as Reptile's authors report it, arXiv 1803.02999). Settings differ from ours, above all in the number of steps.
 PAPERS = {
     "maml": ("98.7", "1703.03400"),
     "first-order-maml": ("98.3", "1803.02999"),
@@ -73,24 +73,26 @@ class Family:
 
     Attributes:
         recipe, own: the recipe, and what the three rows set otherwise.
+        by_fits: what the two rows that learn by fits set otherwise.
         fits: how many training tasks are fitted, for two of them.
         gap_tasks: how many test tasks are fitted, to say how far off predictions are.
         rate: of the gradient steps after the prediction, at test; the best on validation.
-        embedding: the row whose run is the fixed embedding.
+        start: the row whose run gives the fixed embedding, or the start of the fits.
     """
 
     recipe: str
     own: tuple[str, ...]
+    by_fits: tuple[str, ...]
     fits: int
     gap_tasks: int
     rate: float
-    embedding: str | None = None
+    start: str | None = None
 
 
 SUPERVISIONS = ("query", "parameters", "both")
 FAMILIES = {
-    "sinusoid-10s-amortised": Family("sinusoid-10s-amortised", (), 4096, 256, 0.01),
-    "logistic-20s-amortised": Family("logistic-20s-amortised", (), 4096, 1000, 0.1),
+    "sinusoid-10s-amortised": Family("sinusoid-10s-amortised", (), (), 4096, 256, 0.01),
+    "logistic-20s-amortised": Family("logistic-20s-amortised", (), (), 4096, 1000, 0.1),
     "omniglot-5w1s-amortised-head-fixed": Family(
         "omniglot-5w1s-amortised-head",
         (
@@ -102,6 +104,7 @@ FAMILIES = {
             "outer.tasks_per_step=8",
             "algorithm.chunk_tasks=4",
         ),
+        (),
         4096,
         1000,
         0.1,
@@ -119,8 +122,9 @@ MAP_STEPS = 5
 
 
 def _map_settings(family: str, supervision: str) -> list[str]:
-    by_fits = [f"algorithm.supervision={supervision}", f"algorithm.fits={RUNS}/{fits_of(family)}"]
-    return [*FAMILIES[family].own, *(by_fits if supervision != "query" else [])]
+    about = FAMILIES[family]
+    by_fits = [*about.by_fits, f"algorithm.supervision={supervision}", f"algorithm.fits={RUNS}/{fits_of(family)}"]
+    return [*about.own, *(by_fits if supervision != "query" else [])]
 
 
 def fits_of(family: str) -> str:

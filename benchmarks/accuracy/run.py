@@ -114,15 +114,16 @@ def _clock(folder: Path, name: str, resolved: dict[str, Any]) -> Iterator[dict[s
 
 
 def _prepared(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any] | None:
-    """What a row of a family begins from: the run with its embedding, and the fits that its supervision needs, of which
+    """What a row of a family begins from: the run that it starts at, and the fits that its supervision needs, of which
     it says how they came out."""
     family, supervision = MAPS[name]
     about = FAMILIES[family]
-    if about.embedding and not _is_tested(folder / about.embedding):
-        row(about.embedding, folder, record, overrides)
+    starts_there = any(text.startswith("initial_checkpoint=") for text in recipe_of(name)[1])
+    if about.start and starts_there and not _is_tested(folder / about.start):
+        row(about.start, folder, record, overrides)
     if supervision == "query":
         return None
-    recipe, own, place = about.recipe, [*about.own, *overrides], folder / fits_of(family)
+    recipe, own, place = about.recipe, [*about.own, *about.by_fits, *overrides], folder / fits_of(family)
     config = load_config(recipe, own)
     with _clock(folder, fits_of(family), _config(recipe, own)) as clock:
         _raymeta(["fit", recipe, *_placed(own, folder), "--output", str(place), "--tasks", str(about.fits)])

@@ -115,7 +115,7 @@ def test_a_map_to_parameters_is_fitted_trained_and_held_against_optima(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, family = "logistic-20s-amortised-both", "logistic-20s-amortised"
-    monkeypatch.setitem(FAMILIES, family, Family(family, (), 6, 5, 0.1))
+    monkeypatch.setitem(FAMILIES, family, Family(family, (), (), 6, 5, 0.1))
     settings = [*SHORT, "algorithm.fit_steps=300"]
     folder = tmp_path / "runs"
     folder.mkdir()
