@@ -91,7 +91,15 @@ class Family:
 
 SUPERVISIONS = ("query", "parameters", "both")
 FAMILIES = {
-    "sinusoid-10s-amortised": Family("sinusoid-10s-amortised", (), (), 4096, 256, 0.01),
+    "sinusoid-10s-amortised": Family(
+        "sinusoid-10s-amortised",
+        (),
+        (f"initial_checkpoint={RUNS}/sinusoid-10s-maml",),
+        2048,
+        256,
+        0.01,
+        "sinusoid-10s-maml",
+    ),
     "logistic-20s-amortised": Family("logistic-20s-amortised", (), (), 4096, 1000, 0.1),
     "omniglot-5w1s-amortised-head-fixed": Family(
         "omniglot-5w1s-amortised-head",
