@@ -97,7 +97,7 @@ FAMILIES = {
         (f"initial_checkpoint={RUNS}/sinusoid-10s-maml",),
         2048,
         256,
-        0.01,
+        0.003,
         "sinusoid-10s-maml",
     ),
     "logistic-20s-amortised": Family("logistic-20s-amortised", (), (), 4096, 1000, 0.1),
