@@ -44,9 +44,14 @@ def recorded(name: str, record: Path, overrides: list[str]) -> dict[str, Any] | 
         return None
     recipe, own = recipe_of(name)
     found: dict[str, Any] = json.loads(known.read_text())
-    needed = {"without": recipe in GENERATIVE, "neural_process": has_context(recipe), "map": name in MAPS}
-    whole = all(part in found for part, wanted in needed.items() if wanted)
-    return found if whole and as_of_now(found.get("config", {})) == _config(recipe, [*own, *overrides]) else None
+    return found if as_of_now(found.get("config", {})) == _config(recipe, [*own, *overrides]) else None
+
+
+def is_whole(name: str, found: dict[str, Any]) -> bool:
+    """Whether a record has all that is asked of its row: more may be asked than when it was made."""
+    recipe, _ = recipe_of(name)
+    asked = {"without": recipe in GENERATIVE, "neural_process": has_context(recipe), "map": name in MAPS}
+    return all(part in found for part, wanted in asked.items() if wanted)
 
 
 def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:

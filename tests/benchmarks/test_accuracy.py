@@ -14,7 +14,7 @@ import torch
 from benchmarks.accuracy import run as running
 from benchmarks.accuracy.beyond import AtContext
 from benchmarks.accuracy.rows import FAMILIES, MAPS, VARIANTS, Family, recipe_of, rows
-from benchmarks.accuracy.run import recorded
+from benchmarks.accuracy.run import is_whole, recorded
 from benchmarks.accuracy.table import tables
 from raymeta.config import load_config
 from raymeta.metrics import task_losses
@@ -90,6 +90,8 @@ def test_a_neural_process_is_asked_at_its_context_too(tmp_path: Path) -> None:
     name = "gaussian_process-10s-attentive-neural-process"
     found = running.row(name, tmp_path / "runs", tmp_path / "rows", SHORT)
     assert recorded(name, tmp_path / "rows", SHORT) == found
+    assert is_whole(name, found)
+    assert not is_whole(name, {part: value for part, value in found.items() if part != "neural_process"})
     asked = found["neural_process"]
     # The queries' figures are the test's own: error, and a loss that is minus the log likelihood.
     assert asked["queries"]["mean"] == pytest.approx(found["test"]["batch"]["mean"], rel=1e-5)
