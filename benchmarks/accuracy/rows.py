@@ -76,7 +76,7 @@ class Family:
         by_fits: what the two rows that learn by fits set otherwise.
         fits: how many training tasks are fitted, for two of them.
         gap_tasks: how many test tasks are fitted, to say how far off predictions are.
-        rate: of the gradient steps after the prediction, at test; the best on validation.
+        rate: of the gradient steps after the prediction, at test; the best on validation where queries supervise.
         start: the row whose run gives the fixed embedding, or the start of the fits.
     """
 
@@ -100,7 +100,7 @@ FAMILIES = {
         0.003,
         "sinusoid-10s-maml",
     ),
-    "logistic-20s-amortised": Family("logistic-20s-amortised", (), (), 4096, 1000, 0.1),
+    "logistic-20s-amortised": Family("logistic-20s-amortised", (), (), 4096, 1000, 0.6),
     "omniglot-5w1s-amortised-head-fixed": Family(
         "omniglot-5w1s-amortised-head",
         (

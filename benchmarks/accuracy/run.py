@@ -51,7 +51,9 @@ def is_whole(name: str, found: dict[str, Any]) -> bool:
     """Whether a record has all that is asked of its row: more may be asked than when it was made."""
     recipe, _ = recipe_of(name)
     asked = {"without": recipe in GENERATIVE, "neural_process": has_context(recipe), "map": name in MAPS}
-    return all(part in found for part, wanted in asked.items() if wanted)
+    if not all(part in found for part, wanted in asked.items() if wanted):
+        return False
+    return name not in MAPS or found["map"]["rate"] == FAMILIES[MAPS[name][0]].rate
 
 
 def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str, Any]:
@@ -154,6 +156,7 @@ def _map(name: str, place: Path, config: Config) -> dict[str, Any]:
         "gaps": _evaluated(place, tasks, "--gaps")["gaps"],
         # Where the metric is the loss, the gaps have it.
         "optimum": None if name.startswith(SINUSOID) else optimum(place, tasks),
+        "rate": FAMILIES[family].rate,
         "stepped": _evaluated(place, config.evaluation.test_tasks, *steps),
     }
 
