@@ -182,7 +182,7 @@ def test_the_three_stages(tmp_path: Path, recipe: str, capsys: pytest.CaptureFix
     assert cli.run(["evaluate", run, "--episodes", "3", "--gaps", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["gaps"]) == {
-        "distance", "first_distance", "loss", "optimum_loss", "first_loss", "gradient_norm"
+        "distance", "first_distance", "loss", "optimum_loss", "first_loss", "gradient_norm", "converged"
     }  # fmt: skip
     assert found["gaps"]["loss"] == pytest.approx(found["mean"], rel=1e-5)
     assert cli.run(["evaluate", run, "--episodes", "3", "--gaps"]) == 0

@@ -7,8 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.accuracy.rows import rows
-from benchmarks.accuracy.run import recorded, row
+from benchmarks.accuracy.rows import RUNS, rows
+from benchmarks.accuracy.run import is_whole, recorded, row
 from benchmarks.accuracy.table import tables
 
 HERE = Path(__file__).parent
@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    parser.add_argument("--rows", nargs="*", default=[], help="recipes; default: all of Omniglot 5-way, of sinusoids")
-    parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="where the runs lie")
+    parser.add_argument("--rows", nargs="*", default=[], help="which rows; default: all")
+    parser.add_argument("--output", type=Path, default=Path(RUNS), help="where the runs lie")
     shipped = "default: beside this file; with overrides, in OUTPUT"
     parser.add_argument("--record", type=Path, help=f"where a finished row's numbers lie; {shipped}")
     parser.add_argument("--table", type=Path, help=f"where the Markdown goes; {shipped}")
@@ -29,7 +29,7 @@ def main() -> None:
     record, table = given.record or home / "measured", given.table or home / "RESULTS.md"
     found = {name: known for name in rows([]) if (known := recorded(name, record, given.overrides))}
     for name in rows(given.rows):
-        if name not in found:
+        if name not in found or not is_whole(name, found[name]):
             print(f"row {name}", file=sys.stderr, flush=True)
             found[name] = row(name, given.output, record, given.overrides)
         table.write_text(tables(list(found.values())))  # after each row: what is there is there

@@ -53,6 +53,9 @@ def evaluate(
         results = evaluate_split(pool, flat, split, episodes, learner.metric, settings.inner_steps)
         found_gaps = pool.map(gaps, flat, split, range(episodes)) if with_gaps else []
     gap = dict(zip(Gap._fields, map(statistics.fmean, zip(*found_gaps, strict=True)), strict=True)) if with_gaps else {}
+    if with_gaps:
+        tolerance = config.algorithm.arguments["fit_tolerance"]
+        gap["converged"] = statistics.fmean(one.gradient_norm <= tolerance for one in found_gaps)
     first = results[settings.statistics]
     other = results["support" if settings.statistics == "batch" else "batch"]
     if as_json:
@@ -78,7 +81,8 @@ def evaluate(
     if with_gaps:
         print(
             "  predicted parameters: {distance:.4g} from the fitted optimum (the start: {first_distance:.4g}); "
-            "query loss {loss:.4g}, at the optimum {optimum_loss:.4g}, at the start {first_loss:.4g}".format(**gap)
+            "query loss {loss:.4g}, at the optimum {optimum_loss:.4g}, at the start {first_loss:.4g}\n"
+            "  {converged:.1%} of the fits have converged".format(**gap)
         )
 
 

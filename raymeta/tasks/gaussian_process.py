@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -86,24 +86,31 @@ class GaussianProcess:
             support_mask=shown_shots(self, split, numbers, self.shots, self.fewest_shots),
         )
 
-    def posterior(self, split: str, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation [T, queries] float64 of each query's y, given the support set and the task's own
-        length and scale: what no learner can beat on average. All support rows are taken to count."""
+    def posterior(
+        self, split: str, indices: Sequence[int], at: Literal["query", "support"] = "query"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation [T, rows] float64 of y, given the support set and the task's own length and scale.
+
+        At the query rows it is what no learner can beat on average; at the support rows it is of another y at the same
+        x, with a noise of its own. All support rows are taken to count.
+        """
         found = []
         for number in checked_indices(split, indices):
             (length, scale), x, y = self._draw(split, number)
-            whole = self._covariance(x, length, scale)
-            inside, across = whole[: self.shots, : self.shots], whole[self.shots :, : self.shots]
+            smooth = self._covariance(x, length, scale, 0.0)
+            inside = smooth[: self.shots, : self.shots] + self.noise**2 * np.eye(self.shots)
+            rows = slice(self.shots, None) if at == "query" else slice(self.shots)
+            across = smooth[rows, : self.shots]
             mean = across @ np.linalg.solve(inside, y[: self.shots])
-            left = np.diag(whole)[self.shots :] - (across * np.linalg.solve(inside, across.T).T).sum(1)
-            found.append((mean, np.sqrt(left)))
+            left = np.diag(smooth)[rows] - (across * np.linalg.solve(inside, across.T).T).sum(1)
+            found.append((mean, np.sqrt(left + self.noise**2)))
         means, deviations = zip(*found, strict=True)
         return np.stack(means), np.stack(deviations)
 
-    def _covariance(self, x: np.ndarray, length: float, scale: float) -> np.ndarray:
-        """[rows, rows] of y, noise included."""
+    def _covariance(self, x: np.ndarray, length: float, scale: float, noise: float) -> np.ndarray:
+        """[rows, rows] of f(x) and a noise of that standard deviation."""
         distances = (x[:, None] - x) / length
-        return scale**2 * np.exp(-0.5 * distances**2) + self.noise**2 * np.eye(len(x))
+        return scale**2 * np.exp(-0.5 * distances**2) + noise**2 * np.eye(len(x))
 
     def _draw(self, split: str, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One task, float64: (length, scale) [2], inputs [rows], targets [rows]."""
@@ -112,7 +119,7 @@ class GaussianProcess:
         low, high = (np.array([bounds[end] for bounds in ranges]) for end in (0, 1))
         values = low + (high - low) * random.random(len(ranges))
         own, x = values[:2], values[2:]
-        root = np.linalg.cholesky(self._covariance(x, *own))
+        root = np.linalg.cholesky(self._covariance(x, own[0], own[1], self.noise))
         return own, x, root @ random.standard_normal(rows)
 
     def fingerprint(self) -> str:

@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.accuracy.rows import VARIANTS, recipe_of, rows
-from benchmarks.accuracy.run import recorded
+from benchmarks.accuracy import run as running
+from benchmarks.accuracy.beyond import AtContext
+from benchmarks.accuracy.rows import FAMILIES, MAPS, VARIANTS, Family, recipe_of, rows
+from benchmarks.accuracy.run import is_whole, recorded
 from benchmarks.accuracy.table import tables
 from raymeta.config import load_config
+from raymeta.metrics import task_losses
+from raymeta.run_directory import RunDirectory
+from raymeta.tasks.gaussian_process import GaussianProcess
 
 PROJECT = Path(__file__).parents[2]
 ROWS = ["omniglot-5w1s-nearest-neighbour", "sinusoid-10s-nearest-neighbour"]
@@ -75,6 +80,70 @@ def test_generated_examples_are_compared_with_none(tmp_path: Path) -> None:
     with_, without = found["test"]["support"]["mean"], found["without"]["support"]["mean"]
     line = next(line for line in (tmp_path / "RESULTS.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
     assert f"| {100 * (with_ - without):+.2f} |" in line
+
+
+SHORT = [*FEWER, "outer.steps=2", "outer.tasks_per_step=2", "evaluation.every_steps=2"]
+
+
+def test_a_neural_process_is_asked_at_its_context_too(tmp_path: Path) -> None:
+    """And stands beside the exact posterior of the same curves, worked out again here."""
+    name = "gaussian_process-10s-attentive-neural-process"
+    found = running.row(name, tmp_path / "runs", tmp_path / "rows", SHORT)
+    assert recorded(name, tmp_path / "rows", SHORT) == found
+    assert is_whole(name, found)
+    assert not is_whole(name, {part: value for part, value in found.items() if part != "neural_process"})
+    asked = found["neural_process"]
+    # The queries' figures are the test's own: error, and a loss that is minus the log likelihood.
+    assert asked["queries"]["mean"] == pytest.approx(found["test"]["batch"]["mean"], rel=1e-5)
+    assert asked["queries"]["log_likelihood"] == pytest.approx(-found["test"]["batch"]["loss"], rel=1e-5)
+    source = GaussianProcess(shots=10, queries=100)
+    batch = AtContext(source).tasks("test", range(8))
+    assert torch.equal(batch.query_x, batch.support_x)
+    assert torch.equal(batch.query_y, batch.support_y)
+    for at, rows_at, y in (
+        ("queries", "query", source.tasks("test", range(8)).query_y),
+        ("context", "support", batch.query_y),
+    ):
+        mean, deviation = (torch.from_numpy(part) for part in source.posterior("test", range(8), rows_at))
+        outputs, shown = torch.stack([mean, deviation.log()], -1), asked["posterior"][at]
+        assert shown["mean"] == pytest.approx(float((mean - y[..., 0]).square().mean()), rel=1e-6)
+        assert shown["log_likelihood"] == pytest.approx(-float(task_losses("gaussian", outputs, y).mean()), rel=1e-6)
+    table = tables([found])
+    assert f"| {asked['context']['mean']:.3f}" in table
+    assert "the exact posterior" in table
+
+
+def test_a_map_to_parameters_is_fitted_trained_and_held_against_optima(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, family = "logistic-20s-amortised-both", "logistic-20s-amortised"
+    monkeypatch.setitem(FAMILIES, family, Family(family, (), (), 6, 5, 0.1))
+    settings = [*SHORT, "algorithm.fit_steps=300"]
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    found = running.row(name, folder, tmp_path / "rows", settings)
+    about = found["map"]
+    assert recorded(name, tmp_path / "rows", settings) == found
+    assert RunDirectory(folder / name).read_config()["algorithm"]["fits"] == f"{folder}/fits-{family}"
+    assert (about["fits"]["tasks"], about["gap_tasks"], about["supervision"]) == (6, 5, "both")
+    assert 0 < about["fits"]["loss"] < about["fits"]["first_loss"]
+    assert about["fits"]["converged"] == about["gaps"]["converged"] == 1.0
+    # The optimum saw the queries: of 5 test tasks it is the better guess on them.
+    assert about["gaps"]["optimum_loss"] < about["gaps"]["loss"]
+    assert about["optimum"]["mean"] > 0.7
+    assert about["stepped"]["inner_steps"] == 5
+    (line,) = [line for line in tables([found]).splitlines() if line.startswith("| `logistic")]
+    assert "| both | 6 (100.0 %) |" in line
+    assert f"| {about['gaps']['loss'] - about['gaps']['optimum_loss']:.4f} |" in line
+
+
+def test_every_family_has_a_row_for_each_kind_of_supervision() -> None:
+    assert len(MAPS) == 3 * len(FAMILIES) == 9
+    for name, (family, supervision) in MAPS.items():
+        recipe, own = recipe_of(name)
+        assert recipe == FAMILIES[family].recipe
+        assert load_config(recipe, own).algorithm.arguments["supervision"] == supervision
+        assert name in rows([])
 
 
 def test_a_variant_is_a_recipe_with_other_settings() -> None:

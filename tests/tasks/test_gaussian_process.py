@@ -36,6 +36,9 @@ def test_the_posterior_by_hand() -> None:
         whole = scale**2 + 0.09
         assert mean[0, place] == pytest.approx(k * y / whole, rel=1e-4, abs=1e-6)
         assert deviation[0, place] == pytest.approx(np.sqrt(whole - k**2 / whole), rel=1e-5)
+    mean, deviation = source.posterior("test", [5], at="support")
+    assert mean[0, 0] == pytest.approx(scale**2 * y / whole, rel=1e-5)
+    assert deviation[0, 0] == pytest.approx(np.sqrt(whole - scale**4 / whole), rel=1e-5)
 
 
 def test_the_posterior_beats_other_guesses_and_knows_how_sure_it_is() -> None:
