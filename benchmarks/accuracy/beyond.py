@@ -46,8 +46,10 @@ class AtContext:
         return f"{self.source.fingerprint()} at the context"
 
 
-def neural_process(place: Path, tasks: int) -> dict[str, dict[str, Any]]:
-    """Squared error and log likelihood of a run's best checkpoint on test tasks, at the queries and at the context."""
+def neural_process(place: Path, tasks: int) -> dict[str, dict[str, Any] | None]:
+    """Squared error and log likelihood of a run's best checkpoint on test tasks, at the queries and at the context;
+    "posterior": the same of the exact posterior, which knows length and scale of each task (None for other tasks than
+    curves of Gaussian processes)."""
     found, opened = {}, _Run.open(place)
     assert isinstance(opened.parts.learner, Learner)
     for name, source in ((QUERIES, opened.source), (CONTEXT, AtContext(opened.source))):
@@ -55,15 +57,12 @@ def neural_process(place: Path, tasks: int) -> dict[str, dict[str, Any]]:
             metric = opened.parts.learner.metric
             of_tasks = evaluate(pool, opened.params, "test", tasks, metric, statistics=("batch",))["batch"]
         found[name] = _summary(of_tasks.values, [-loss for loss in of_tasks.losses])
-    return found
+    of_curves = isinstance(opened.source, GaussianProcess)
+    return {**found, "posterior": exact_posterior(opened.source, tasks) if of_curves else None}
 
 
-def exact_posterior(place: Path, tasks: int) -> dict[str, dict[str, Any]] | None:
-    """The same of the exact posterior, which knows length and scale of each task; None for other tasks than curves of
-    Gaussian processes."""
-    source = _Run.open(place).source
-    if not isinstance(source, GaussianProcess):
-        return None
+def exact_posterior(source: GaussianProcess, tasks: int) -> dict[str, dict[str, Any]]:
+    """Squared error and log likelihood of the exact posterior of each test task, at the queries and at the context."""
     drawn, found = source.tasks("test", range(tasks)), {}
     for name, at, y in ((QUERIES, "query", drawn.query_y), (CONTEXT, "support", drawn.support_y)):
         mean, deviation = source.posterior("test", range(tasks), at)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.beyond import exact_posterior, neural_process, optimum
+from benchmarks.accuracy.beyond import neural_process, optimum
 from benchmarks.accuracy.rows import (
     FAMILIES,
     GENERATIVE,
@@ -89,7 +89,7 @@ def row(name: str, folder: Path, record: Path, overrides: list[str]) -> dict[str
         without = _evaluated(place, tasks, WITHOUT_GENERATED)
         found["without"] = {each["statistics"]: each for each in (without, without.pop("other_statistics"))}
     if has_context(recipe):
-        found["neural_process"] = {**neural_process(place, tasks), "posterior": exact_posterior(place, tasks)}
+        found["neural_process"] = neural_process(place, tasks)
     if name in MAPS:
         found["map"] = {"fits": fits, **_map(name, place, config)}
     record.mkdir(parents=True, exist_ok=True)

@@ -79,13 +79,8 @@ def _parts(node: fx.Node) -> list[fx.Node]:
         both = [part for part in _arguments(node) if isinstance(part, fx.Node) and _value(part).shape == shape]
         return both if len(both) == 2 else []
     times_number = node.target in _TIMES and not isinstance(_arguments(node)[1], fx.Node)
-    return (
-        [_arguments(node)[0]] if times_number or (node.target is _aten.permute.default and _keeps_order(node)) else []
-    )
-
-
-def _keeps_order(node: fx.Node) -> bool:
-    return list(_arguments(node)[1]) == list(range(_value(node).dim()))
+    in_order = node.target is _aten.permute.default and list(_arguments(node)[1]) == list(range(len(shape)))
+    return [_arguments(node)[0]] if times_number or in_order else []
 
 
 def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
@@ -100,7 +95,7 @@ def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
             beside = _call(graph, _aten.reshape.default, beside, [rows, tasks * inner])
             below = _call(graph, _aten.reshape.default, b, [tasks * inner, columns])
             return _call(graph, _aten.unsqueeze.default, _call(graph, _aten.mm.default, beside, below), 0)
-        parts = _parts(part) if _is_used_once(part) and _reaches_product(part) else []
+        parts = _parts(part) if _reaches_product(part) else []
         if not parts:
             return _call(graph, _aten.sum.dim_IntList, part, [0], True)
         sums = [total(each) for each in parts]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,13 +29,45 @@ from raymeta.ops.folding import CHANNELS_LAST, channels_in, channels_out, dense,
 Pair = tuple[int, int]
 
 
+class Kernels(Protocol):
+    """The three kernels, and the sum that a bias gets, for tensors as they lie: what `convolution` differentiates."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F(x, w) + bias."""
+
+    def to_input(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """I(g, w), of the shape of x."""
+
+    def to_weight(self, x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """W(x, g), of the shape of w."""
+
+    def to_bias(self, gradient: Tensor) -> Tensor:
+        """The sum of g for each output channel."""
+
+
 class Geometry(NamedTuple):
-    """What a convolution is beside its tensors."""
+    """What a convolution is beside its tensors; its kernels are the library's."""
 
     stride: Pair
     padding: Pair
     dilation: Pair
     groups: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return _computed(lambda x, weight: torch.conv2d(x, weight, None, *self), dense(x), weight)
+        return _computed(lambda x, weight, bias: torch.conv2d(x, weight, bias, *self), dense(x), weight, bias)
+
+    def to_input(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        like = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=CHANNELS_LAST)
+        return _backward(dense(gradient), like, weight, self, 0)
+
+    def to_weight(self, x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+        like = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
+        return _backward(dense(gradient), dense(x), like, self, 1)
+
+    def to_bias(self, gradient: Tensor) -> Tensor:
+        return gradient.sum((0, 2, 3))
 
 
 class Places(NamedTuple):
@@ -46,9 +78,10 @@ class Places(NamedTuple):
     dilation: Pair
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """[B, C', H', W'] from x [B, C, H, W], weight [C', C / G, h, w] and bias [C']; under vmap, of each task."""
-    result: Tensor = _Forward.apply(x, weight, bias, geometry)
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:
+    """With a `Geometry` [B, C', H', W'] from x [B, C, H, W], weight [C', C / G, h, w] and bias [C']; under vmap, of
+    each task. With other kernels what they make of tensors as they want them, without vmap."""
+    result: Tensor = _Forward.apply(x, weight, bias, kernels)
     return result
 
 
@@ -56,15 +89,13 @@ class _Forward(torch.autograd.Function):
     """F(x, w) + bias."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        if bias is None:
-            return _computed(lambda x, weight: torch.conv2d(x, weight, None, *geometry), dense(x), weight)
-        return _computed(lambda x, weight, bias: torch.conv2d(x, weight, bias, *geometry), dense(x), weight, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Tensor:
+        return kernels.forward(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, geometry = inputs
-        _remember(ctx, x, weight, geometry=geometry)
+        x, weight, _, kernels = inputs
+        _remember(ctx, x, weight, kernels)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -72,9 +103,9 @@ class _Forward(torch.autograd.Function):
             return None, None, None, None
         x, weight = ctx.saved_tensors
         return (
-            _Input.apply(gradient, weight, x.shape, ctx.geometry) if ctx.needs_input_grad[0] else None,
-            _Weight.apply(x, gradient, weight.shape, ctx.geometry) if ctx.needs_input_grad[1] else None,
-            gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None,
+            _Input.apply(gradient, weight, x.shape, ctx.kernels) if ctx.needs_input_grad[0] else None,
+            _Weight.apply(x, gradient, weight.shape, ctx.kernels) if ctx.needs_input_grad[1] else None,
+            ctx.kernels.to_bias(gradient) if ctx.needs_input_grad[2] else None,
             None,
         )
 
@@ -97,14 +128,13 @@ class _Input(torch.autograd.Function):
     """I(g, w), of the shape of x."""
 
     @staticmethod
-    def forward(gradient: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-        like = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=CHANNELS_LAST)
-        return _backward(dense(gradient), like, weight, geometry, 0)
+    def forward(gradient: Tensor, weight: Tensor, shape: torch.Size, kernels: Kernels) -> Tensor:
+        return kernels.to_input(gradient, weight, shape)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gradient, weight, _, geometry = inputs
-        _remember(ctx, gradient, weight, geometry=geometry)
+        gradient, weight, _, kernels = inputs
+        _remember(ctx, gradient, weight, kernels)
 
     @staticmethod
     def backward(ctx: Any, adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -112,8 +142,8 @@ class _Input(torch.autograd.Function):
             return None, None, None, None
         gradient, weight = ctx.saved_tensors
         return (
-            _Forward.apply(adjoint, weight, None, ctx.geometry) if ctx.needs_input_grad[0] else None,
-            _Weight.apply(adjoint, gradient, weight.shape, ctx.geometry) if ctx.needs_input_grad[1] else None,
+            _Forward.apply(adjoint, weight, None, ctx.kernels) if ctx.needs_input_grad[0] else None,
+            _Weight.apply(adjoint, gradient, weight.shape, ctx.kernels) if ctx.needs_input_grad[1] else None,
             None,
             None,
         )
@@ -123,14 +153,13 @@ class _Weight(torch.autograd.Function):
     """W(x, g), of the shape of w."""
 
     @staticmethod
-    def forward(x: Tensor, gradient: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-        like = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
-        return _backward(dense(gradient), dense(x), like, geometry, 1)
+    def forward(x: Tensor, gradient: Tensor, shape: torch.Size, kernels: Kernels) -> Tensor:
+        return kernels.to_weight(x, gradient, shape)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, gradient, _, geometry = inputs
-        _remember(ctx, x, gradient, geometry=geometry)
+        x, gradient, _, kernels = inputs
+        _remember(ctx, x, gradient, kernels)
 
     @staticmethod
     def backward(ctx: Any, adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -138,8 +167,8 @@ class _Weight(torch.autograd.Function):
             return None, None, None, None
         x, gradient = ctx.saved_tensors
         return (
-            _Input.apply(gradient, adjoint, x.shape, ctx.geometry) if ctx.needs_input_grad[0] else None,
-            _Forward.apply(x, adjoint, None, ctx.geometry) if ctx.needs_input_grad[1] else None,
+            _Input.apply(gradient, adjoint, x.shape, ctx.kernels) if ctx.needs_input_grad[0] else None,
+            _Forward.apply(x, adjoint, None, ctx.kernels) if ctx.needs_input_grad[1] else None,
             None,
             None,
         )
@@ -175,7 +204,7 @@ def _multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _remember(ctx: Any, *tensors: Tensor, geometry: Geometry) -> None:
-    ctx.save_for_backward(*tensors)
-    ctx.geometry = geometry
+def _remember(ctx: Any, first: Tensor, second: Tensor, kernels: Kernels) -> None:
+    ctx.save_for_backward(first, second)
+    ctx.kernels = kernels
     ctx.set_materialize_grads(False)

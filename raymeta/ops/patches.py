@@ -7,11 +7,11 @@ P the patches of x, and P' putting patches back to where they came from (added u
 
     F(x, w) = P(x) w,   I(g, w) = P'(g w^T),   W(x, g) = P(x)^T g,
 
-and the derivatives of each are the two others. P' adds the kernel's places one after the other, in a fixed order: the
+whose derivatives `raymeta.ops.convolution` has. P' adds the kernel's places one after the other, in a fixed order: the
 same bits each time, without atomic additions.
 
 Images are [T, B, C, H, W] that lie in memory as [T, B, H, W, C], weights [T, C', C, h, w] as [T, h, w, C, C']; the
-functions of autograd here take and return them as they lie.
+kernels take and return them as they lie.
 
 Legend: T tasks, B rows, C channels, M = B H' W' places.
 """
@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from raymeta.ops.convolution import Pair, Places
+from raymeta.ops.convolution import Pair, Places, convolution
 from raymeta.ops.mapped import for_each, over_tasks
 
 
@@ -45,13 +44,14 @@ def _convolved(tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None, place
     else:
         count, images, matrices = tasks, for_each(images, tasks), for_each(matrices, tasks)
         bias = None if bias is None else for_each(bias, tasks)
-    rows: Tensor = _Forward.apply(images, matrices, bias, kernel)
+    rows = convolution(images, matrices, bias, kernel)
     size = (count, batch, *kernel.seen(x.shape[3:]), rows.shape[2])
     return for_each(rows.view(size).permute(0, 1, 4, 2, 3), tasks)
 
 
 class Kernel(NamedTuple):
-    """A weight's height and width, and where it is put."""
+    """A weight's height and width, and where it is put: the kernels of `raymeta.ops.convolution` for x [T, B, H, W, C],
+    w [T, h w C, C'], bias [T, C'] and what comes out, [T, M, C']."""
 
     height: int
     width: int
@@ -66,85 +66,18 @@ class Kernel(NamedTuple):
         )
         return down, across
 
-
-class _Forward(torch.autograd.Function):
-    """F(x, w) + bias, [T, M, C'], of x [T, B, H, W, C], w [T, h w C, C'] and bias [T, C']."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: Kernel) -> Tensor:
-        patches = _patches(x, kernel)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        patches = _patches(x, self)
         return torch.bmm(patches, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), patches, weight)
 
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, kernel = inputs
-        _remember(ctx, x, weight, kernel)
+    def to_input(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return _put_back(torch.bmm(gradient, weight.transpose(1, 2)), shape, self)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:
-            return None, None, None, None
-        x, weight = ctx.saved_tensors
-        return (
-            _Input.apply(gradient, weight, x.shape, ctx.kernel) if ctx.needs_input_grad[0] else None,
-            _Weight.apply(x, gradient, ctx.kernel) if ctx.needs_input_grad[1] else None,
-            gradient.sum(1) if ctx.needs_input_grad[2] else None,
-            None,
-        )
+    def to_weight(self, x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+        return torch.bmm(_patches(x, self).transpose(1, 2), gradient)
 
-
-class _Input(torch.autograd.Function):
-    """I(g, w), [T, B, H, W, C], of g [T, M, C'] and w [T, h w C, C']."""
-
-    @staticmethod
-    def forward(gradient: Tensor, weight: Tensor, shape: torch.Size, kernel: Kernel) -> Tensor:
-        return _put_back(torch.bmm(gradient, weight.transpose(1, 2)), shape, kernel)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gradient, weight, _, kernel = inputs
-        _remember(ctx, gradient, weight, kernel)
-
-    @staticmethod
-    def backward(ctx: Any, adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
-        if adjoint is None:
-            return None, None, None, None
-        gradient, weight = ctx.saved_tensors
-        return (
-            _Forward.apply(adjoint, weight, None, ctx.kernel) if ctx.needs_input_grad[0] else None,
-            _Weight.apply(adjoint, gradient, ctx.kernel) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
-
-
-class _Weight(torch.autograd.Function):
-    """W(x, g), [T, h w C, C'], of x [T, B, H, W, C] and g [T, M, C']."""
-
-    @staticmethod
-    def forward(x: Tensor, gradient: Tensor, kernel: Kernel) -> Tensor:
-        return torch.bmm(_patches(x, kernel).transpose(1, 2), gradient)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _remember(ctx, *inputs)
-
-    @staticmethod
-    def backward(ctx: Any, adjoint: Tensor | None) -> tuple[Tensor | None, ...]:
-        if adjoint is None:
-            return None, None, None
-        x, gradient = ctx.saved_tensors
-        return (
-            _Input.apply(gradient, adjoint, x.shape, ctx.kernel) if ctx.needs_input_grad[0] else None,
-            _Forward.apply(x, adjoint, None, ctx.kernel) if ctx.needs_input_grad[1] else None,
-            None,
-        )
-
-
-def _remember(ctx: Any, first: Tensor, second: Tensor, kernel: Kernel) -> None:
-    ctx.save_for_backward(first, second)
-    ctx.kernel = kernel
-    ctx.set_materialize_grads(False)
+    def to_bias(self, gradient: Tensor) -> Tensor:
+        return gradient.sum(1)
 
 
 def _patches(x: Tensor, kernel: Kernel) -> Tensor:

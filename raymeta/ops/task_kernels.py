@@ -118,27 +118,25 @@ def _relu(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu(input, inplace) if inplace or not _known(input) else rectified(input)
 
 
-def _max_pool2d(
-    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:  # fmt: skip
-    if return_indices or input.dim() != 4 or not _known(input):
-        general: Callable[..., Any] = F.max_pool2d  # whose stubs want `return_indices` written out
-        return general(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return max_pooled(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
-
-
 def _leading_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    around = _around(padding, weight, _pair(dilation)) if weight.dim() == 4 else None
-    if groups != 1 or around is None or not _alike(input, weight, bias):
-        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
-    places = Places(_pair(stride), around, _pair(dilation))
-    if not layers.fits(input, weight, bias, places):  # torch says what is wrong
+    places = _places(input, weight, bias, stride, padding, dilation, groups)
+    if places is None or not _alike(input, weight, bias):
         return _conv2d(input, weight, bias, stride, padding, dilation, groups)
     return _in_low_precision(lambda x, w, b: convolved(x, w, b, places), input, weight, bias)
+
+
+def _places(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Places | None:
+    """Where the weight is put; None: there are groups, the padding is uneven, or torch says what is wrong."""
+    around = _around(padding, weight, _pair(dilation)) if weight.dim() == 4 and groups == 1 else None
+    if around is None:
+        return None
+    places = Places(_pair(stride), around, _pair(dilation))
+    return places if layers.fits(input, weight, bias, places) else None
 
 
 def _leading_batch_norm(
@@ -152,24 +150,12 @@ def _leading_batch_norm(
     return batch_normalised_leading(input, weight, bias, eps)
 
 
-def _leading_max_pool2d(
-    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:  # fmt: skip
-    if return_indices or input.dim() != 4 or not _alike(input):
-        return _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return max_pooled_leading(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
-
-
 def _native_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    around = _around(padding, weight, _pair(dilation)) if weight.dim() == 4 else None
-    if groups != 1 or around is None or _autocast(input) or not _real(input, weight, bias):
-        return _conv2d(input, weight, bias, stride, padding, dilation, groups)
-    places = Places(_pair(stride), around, _pair(dilation))
-    if not layers.fits(input, weight, bias, places):  # torch says what is wrong
+    places = _places(input, weight, bias, stride, padding, dilation, groups)
+    if places is None or _autocast(input) or not _real(input, weight, bias):
         return _conv2d(input, weight, bias, stride, padding, dilation, groups)
     return layers.convolution(input, weight, bias, places)
 
@@ -209,15 +195,6 @@ def _native_layer_norm(
     if _autocast(input) or not _real(input, weight, bias):
         return _layer_norm(input, normalized_shape, weight, bias, eps)
     return layers.layer_norm(input, shape.numel(), weight, bias, eps)
-
-
-def _native_max_pool2d(
-    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Any:  # fmt: skip
-    if return_indices or input.dim() != 4 or not _real(input):
-        return _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return layers.pooled(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
 
 
 def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Window:
@@ -288,6 +265,26 @@ def _alike(x: Tensor, *others: Tensor | None) -> bool:
 def _pair(value: int | tuple[int, ...]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
+
+def _pooling(
+    knows: Callable[[Tensor], bool], pooled: Callable[[Tensor, Window], Tensor], otherwise: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`F.max_pool2d` by `pooled` of what `knows` lets pass."""
+
+    def max_pool2d(
+        input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        ceil_mode: bool = False, return_indices: bool = False,
+    ) -> Any:  # fmt: skip
+        if return_indices or input.dim() != 4 or not knows(input):
+            return otherwise(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return pooled(input, _window(kernel_size, stride, padding, dilation, ceil_mode))
+
+    return max_pool2d
+
+
+_max_pool2d = _pooling(_known, max_pooled, F.max_pool2d)
+_leading_max_pool2d = _pooling(_alike, max_pooled_leading, _max_pool2d)
+_native_max_pool2d = _pooling(_real, layers.pooled, _max_pool2d)
 
 _LOWERINGS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _conv2d,

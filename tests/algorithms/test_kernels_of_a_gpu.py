@@ -46,7 +46,7 @@ def test_meta_gradients(small: Any, kind: str, steps: int) -> None:
 )
 def test_predictions(small: Any, learner: Learner) -> None:
     model, shape = images("conv4")
-    batch = small.tasks(shape, masks=True)
+    batch = small.tasks(shape, masks=True).filled()  # as an evaluation has it: what does not count is a number, too
     found = []
     for kernels in ("general", "task"):
         own = replace(learner, kernels=kernels)
@@ -54,7 +54,7 @@ def test_predictions(small: Any, learner: Learner) -> None:
             as_on_a_gpu(own, model)
         params = own.init(model, 0)
         adapted = own.adapt(model, params, batch.support_x, batch.support_y, batch.support_mask)
-        found.append(own.predict(model, adapted, batch.query_x.nan_to_num(), batch.query_mask))
+        found.append(own.predict(model, adapted, batch.query_x, batch.query_mask))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
 
 

@@ -15,26 +15,11 @@ from raymeta.algorithms.gradient_learner import RECORD_STEPS_AFTER, RECORDED_STE
 from raymeta.algorithms.program import MOST_PROGRAMS, RECORD_AFTER, Programs
 from raymeta.episodes import Episodes
 from raymeta.errors import InputError
+from tests.algorithms.conftest import SMALL
 
-SMALL: dict[str, Any] = {
-    "reptile": {"inner_batch": 4},
-    "imaml": {"inner_steps": 4},
-    "relation_networks": {"filters": 6, "embedding_size": 4},
-    "from_scratch": {"inner_steps": 3},
-    "snail": {"embedding_size": 4, "outputs": 3, "filters": 6},
-    "memory_augmented_network": {"embedding_size": 4, "outputs": 3, "units": 8, "slots": 6},
-    "amortised": {"input_size": 36, "outputs": 3, "width": 16},
-    "amortised_head": {"embedding_size": 4, "width": 16},
-    "vae_augmentation": {"embedding_size": 4, "width": 16, "generated": 5},
-    "gan_augmentation": {"embedding_size": 4, "width": 16, "generated": 5},
-    "conditional_neural_process": {"embedding_size": 4, "width": 32},
-    "attentive_neural_process": {"embedding_size": 4, "width": 32},
-    "leo": {"embedding_size": 4, "code_size": 8, "latent_size": 6},
-    "multi_task": {"inner_steps": 3, "training_classes": 7, "embedding_size": 4},
-    "maml_plus_plus": {"annealing_steps": 40, "inner_steps": 3},
-}
+SETTINGS: dict[str, Any] = {**SMALL, "maml_plus_plus": {"annealing_steps": 40, "inner_steps": 3}}
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    *((name, SMALL.get(name, {}), "conv4") for name in LEARNERS),
+    *((name, SETTINGS.get(name, {}), "conv4") for name in LEARNERS),
     ("maml", {"memory": "flat", "inner_steps": 3}, "conv4"),
     ("maml", {"inner_optimizer": "adam", "inner_steps": 2}, "mlp"),
     ("maml", {"inner_steps": 2, "inner_batch": 4}, "mlp"),
